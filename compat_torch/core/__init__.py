@@ -1,0 +1,1 @@
+"""What all layers share; import paths mirror lrnnx.core."""

@@ -1,0 +1,1 @@
+"""Layers; import paths mirror lrnnx.models."""
