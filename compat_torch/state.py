@@ -75,7 +75,7 @@ def load_state_dict(
     unexpected = [name for name in state_dict if name not in variables]
     arrays = {name: _as_array(name, state_dict[name], dtype) for name in variables if name in state_dict}
     mismatched = [
-        f"{name}: expected {_describe(variables[name][...])}, got {_describe(array)}"
+        f"{name}: expected {_describe(variables[name].get_value())}, got {_describe(array)}"
         for name, array in arrays.items()
         if array.shape != variables[name].shape or not jnp.issubdtype(array.dtype, jnp.floating)
     ]
@@ -83,7 +83,7 @@ def load_state_dict(
         shown = (missing, unexpected) if strict else ((), ())
         raise StateDictMismatchError(type(module).__name__, *shown, mismatched, known=list(variables))
     for name, array in arrays.items():
-        variables[name].set_value(jnp.asarray(array, dtype=dtype))
+        variables[name].set_value(jnp.array(array, dtype=dtype, copy=not isinstance(array, jax.Array)))
     return IncompatibleKeys(missing, unexpected)
 
 

@@ -39,7 +39,7 @@ class Record:
 
 
 def as_plain(value: object) -> object:
-    """Replace OmegaConf nodes, `argparse.Namespace` and subclasses of dict inside `value` by plain dicts and lists.
+    """Replace OmegaConf nodes, `argparse.Namespace` and dict subclasses inside `value` by plain containers.
 
     Containers are copied, shared and cyclic ones once; other records and leaves stay as they are.
 

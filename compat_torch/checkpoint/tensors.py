@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any, TypeGuard
 
 import ml_dtypes
 import numpy as np
@@ -79,13 +80,13 @@ CONSTANTS: dict[str, object] = {
 }
 
 
-def is_count(value: object) -> bool:
+def is_count(value: object) -> TypeGuard[int]:
     """True for an int in [0, 2**63), the only thing a size, stride or offset can be."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
 def make_tensor(
-    storage: object, offset: object, size: object, stride: object, metadata: object, charge: Charge, dtype: object = None
+    storage: Any, offset: Any, size: Any, stride: Any, metadata: Any, charge: Charge, dtype: Any = None
 ) -> np.ndarray | Record:
     """A read-only strided view of `storage`, after checking that it lies inside.
 
@@ -119,8 +120,8 @@ def make_tensor(
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
     if count and (last + 1) * dtype.itemsize > storage.nbytes:
         raise CorruptCheckpointError(
-            f"a tensor of shape {size} and strides {stride} at offset {offset} needs {(last + 1) * dtype.itemsize} "
-            f"bytes, its storage has {storage.nbytes}"
+            f"a tensor of shape {size} and strides {stride} at offset {offset} needs "
+            f"{(last + 1) * dtype.itemsize} bytes, its storage has {storage.nbytes}"
         )
     if count * dtype.itemsize > max(storage.nbytes, MAX_EXPANDED):
         raise CorruptCheckpointError(f"a tensor of shape {size} repeats a storage of {storage.nbytes} bytes")
@@ -149,40 +150,40 @@ def _lazy_bits(array: np.ndarray, metadata: object, charge: Charge) -> np.ndarra
 
 
 def _tensor(args: tuple, charge: Charge) -> object:
-    if len(args) != 4:
-        raise CorruptCheckpointError(f"a tensor is built from {len(args)} fields")
-    return make_tensor(*args, None, charge)
-
-
-def _tensor_v2(args: tuple, charge: Charge) -> object:
-    if len(args) not in (6, 7):
-        raise CorruptCheckpointError(f"a tensor is built from {len(args)} fields")
-    return make_tensor(*args[:4], args[6] if len(args) == 7 else None, charge)
+    match args:
+        case (storage, offset, size, stride) | (storage, offset, size, stride, _, _):
+            return make_tensor(storage, offset, size, stride, None, charge)
+        case (storage, offset, size, stride, _, _, metadata):
+            return make_tensor(storage, offset, size, stride, metadata, charge)
+    raise CorruptCheckpointError(f"a tensor is built from {len(args)} fields")
 
 
 def _tensor_v3(args: tuple, charge: Charge) -> object:
-    if len(args) not in (7, 8):
-        raise CorruptCheckpointError(f"a tensor is built from {len(args)} fields")
-    return make_tensor(*args[:4], args[7] if len(args) == 8 else None, charge, args[6])
+    match args:
+        case (storage, offset, size, stride, _, _, dtype):
+            return make_tensor(storage, offset, size, stride, None, charge, dtype)
+        case (storage, offset, size, stride, _, _, dtype, metadata):
+            return make_tensor(storage, offset, size, stride, metadata, charge, dtype)
+    raise CorruptCheckpointError(f"a tensor is built from {len(args)} fields")
 
 
 def _parameter(args: tuple, _: Charge) -> object:
-    if len(args) not in (1, 2, 3, 4) or not isinstance(args[0], np.ndarray | Record):
-        raise CorruptCheckpointError("a parameter is built from something that is not a tensor")
-    return args[0]
+    if 1 <= len(args) <= 4 and isinstance(args[0], np.ndarray | Record):
+        return args[0]
+    raise CorruptCheckpointError("a parameter is built from something that is not a tensor")
 
 
-_PLAIN_TENSORS = {"torch.Tensor", "torch._C.TensorBase", "torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer"}
+_PLAIN_TENSORS = {"torch.Tensor", "torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer"}
 
 
 def _from_type(args: tuple, charge: Charge) -> object:
-    if len(args) != 4 or not all(isinstance(arg, Global) for arg in args[:2]) or not isinstance(args[2], tuple):
-        raise CorruptCheckpointError("a tensor subclass is built from the wrong fields")
-    rebuild, kind, fields, _ = args
-    builder = BUILDERS.get(rebuild.name) if rebuild.name in _TENSOR_BUILDERS else None
-    if builder is None or kind.name not in _PLAIN_TENSORS:
-        return Record(kind.name, args)
-    return builder(fields, charge)
+    match args:
+        case (Global() as rebuild, Global() as kind, tuple() as fields, _):
+            builder = _TENSOR_BUILDERS.get(rebuild.name)
+            if builder is None or kind.name not in _PLAIN_TENSORS:
+                return Record(kind.name, args)
+            return builder(fields, charge)
+    raise CorruptCheckpointError("a tensor subclass is built from the wrong fields")
 
 
 def _size(args: tuple, _: Charge) -> tuple:
@@ -200,7 +201,7 @@ def _device(args: tuple, charge: Charge) -> str:
 
 _TENSOR_BUILDERS: dict[str, Builder] = {
     "torch._utils._rebuild_tensor": _tensor,
-    "torch._utils._rebuild_tensor_v2": _tensor_v2,
+    "torch._utils._rebuild_tensor_v2": _tensor,
     "torch._utils._rebuild_tensor_v3": _tensor_v3,
     "torch._utils._rebuild_parameter": _parameter,
     "torch._utils._rebuild_parameter_with_state": _parameter,
@@ -211,5 +212,4 @@ BUILDERS: dict[str, Builder] = {
     "torch.nn.parameter.Parameter": _parameter,
     "torch.Size": _size,
     "torch.device": _device,
-    **{name: _parameter for name in ("torch.nn.Parameter",)},
 }

@@ -1,8 +1,8 @@
 """A pickle interpreter that imports nothing and calls nothing but the builders it is given.
 
-Opcodes are decoded by `pickletools.genops`, which only parses. Every class or function a pickle names is looked
-up in two tables; what is not there stays an inert `Global`, and "calling" it gives an inert `Record`. Python's own
-unpickler is not involved, so neither `__setstate__`, `__reduce__` nor the extension registry can act.
+Opcodes are decoded by `pickletools.genops`, which only parses. Every class or function a pickle names is
+looked up in two tables; what is not there stays an inert `Global`, and "calling" it gives an inert `Record`.
+Python's own unpickler is not involved: no `__setstate__`, no `__reduce__`, no extension registry.
 """
 
 from __future__ import annotations
@@ -19,8 +19,28 @@ Charge = Callable[[int], None]
 Builder = Callable[[tuple, Charge], object]
 
 _PUSH_ARGUMENT = frozenset(
-    "INT LONG LONG1 LONG4 BININT BININT1 BININT2 FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING UNICODE BINUNICODE "
-    "SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8 BYTEARRAY8".split()
+    (
+        "INT",
+        "LONG",
+        "LONG1",
+        "LONG4",
+        "BININT",
+        "BININT1",
+        "BININT2",
+        "FLOAT",
+        "BINFLOAT",
+        "STRING",
+        "BINSTRING",
+        "SHORT_BINSTRING",
+        "UNICODE",
+        "BINUNICODE",
+        "SHORT_BINUNICODE",
+        "BINUNICODE8",
+        "BINBYTES",
+        "SHORT_BINBYTES",
+        "BINBYTES8",
+        "BYTEARRAY8",
+    )
 )
 _PUSH_CONSTANT: dict[str, Callable[[], object]] = {
     "NONE": lambda: None,
@@ -123,6 +143,10 @@ class RestrictedUnpickler:
         else:
             self._pop_mark()
 
+    def _collect(self, container: Callable[[list[Any]], object]) -> None:
+        items = self._pop_mark()
+        self._stack.append(container(items))
+
     def _put(self, index: int) -> None:
         self._memo[index] = self._stack[-1]
 
@@ -223,7 +247,7 @@ class RestrictedUnpickler:
 
 
 def _key(key: Any) -> Any:
-    """`key` if hashing it is cheap: a scalar, or a short flat tuple of scalars (nested ones can take for ever)."""
+    """`key` if hashing it is cheap: a scalar or a short flat tuple of scalars, not a nested one."""
     for part in key if isinstance(key, tuple) and len(key) <= 64 else (key,):
         if isinstance(part, int) and part.bit_length() <= 64:
             continue
@@ -233,10 +257,10 @@ def _key(key: Any) -> Any:
 
 
 _Machine = RestrictedUnpickler
-_OPERATIONS: dict[str, Callable[[RestrictedUnpickler, Any], None]] = {
+_OPERATIONS: dict[str, Callable[[RestrictedUnpickler, Any], object]] = {
     "MARK": _Machine._mark,
     "POP": _Machine._pop,
-    "POP_MARK": lambda m, _: m._pop_mark() and None,
+    "POP_MARK": lambda m, _: m._pop_mark(),
     "DUP": lambda m, _: m._stack.append(m._stack[-1]),
     "PUT": _Machine._put,
     "BINPUT": _Machine._put,
@@ -245,13 +269,13 @@ _OPERATIONS: dict[str, Callable[[RestrictedUnpickler, Any], None]] = {
     "GET": lambda m, index: m._stack.append(m._memo[index]),
     "BINGET": lambda m, index: m._stack.append(m._memo[index]),
     "LONG_BINGET": lambda m, index: m._stack.append(m._memo[index]),
-    "LIST": lambda m, _: m._stack.append(m._pop_mark()),
-    "TUPLE": lambda m, _: m._stack.append(tuple(m._pop_mark())),
+    "LIST": lambda m, _: m._collect(list),
+    "TUPLE": lambda m, _: m._collect(tuple),
     "TUPLE1": lambda m, _: m._tuple(1),
     "TUPLE2": lambda m, _: m._tuple(2),
     "TUPLE3": lambda m, _: m._tuple(3),
     "DICT": _Machine._dict,
-    "FROZENSET": lambda m, _: m._stack.append(frozenset(_key(item) for item in m._pop_mark())),
+    "FROZENSET": lambda m, _: m._collect(lambda items: frozenset(map(_key, items))),
     "APPEND": lambda m, _: m._append([m._stack.pop()]),
     "APPENDS": lambda m, _: m._append(m._pop_mark()),
     "ADDITEMS": lambda m, _: m._append(m._pop_mark()),

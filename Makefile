@@ -1,0 +1,82 @@
+# make parity   set up (once) and compare with the references
+# make test     set up (once) and run the tests
+# make help     the rest
+
+PYTHON ?= python3
+VENV   ?= .venv
+LIVE   ?= .venv-live
+# A CPU torch on Linux: make test TORCH_INDEX=https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
+ARGS   ?=
+
+PIP_INSTALL = -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+INPUTS = pyproject.toml constraints.txt
+
+export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
+export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.2
+
+.DELETE_ON_ERROR:
+.PHONY: help parity test test-full live check lint types imports format clean
+
+help:
+	@echo "make parity     compare with the stored references; ARGS='-k zoh --json report.json'"
+	@echo "make test       the tests (no torch compiler, no GPU needed)"
+	@echo "make test-full  the tests with their wide matrices"
+	@echo "make live       compare with an installed lrnnx, in its own environment $(LIVE)"
+	@echo "make check      lint, types and import rules"
+	@echo "make clean      remove environments and caches"
+
+parity: $(VENV)/.core
+	@$(VENV)/bin/python -m parity $(ARGS)
+
+test: $(VENV)/.test
+	$(VENV)/bin/python -m pytest -n 2 --dist worksteal -m "not full" $(ARGS)
+
+test-full: $(VENV)/.test
+	$(VENV)/bin/python -m pytest -n 2 --dist worksteal $(ARGS)
+
+live: $(LIVE)/.live
+	$(LIVE)/bin/python -m parity --live $(ARGS)
+
+check: lint types imports
+
+lint: $(VENV)/.dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+types: $(VENV)/.dev
+	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
+
+imports: $(VENV)/.dev
+	$(VENV)/bin/lint-imports --cache-dir .cache/import-linter
+
+format: $(VENV)/.dev
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+clean:
+	rm -rf $(VENV) $(LIVE) .cache .pytest_cache .ruff_cache .hypothesis
+
+$(VENV)/bin/python $(LIVE)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed, $(PYTHON) is $$($(PYTHON) --version): make PYTHON=python3.12 ..."; exit 1; }
+	@echo "setting up $(@D:/bin=) (once)"
+	@$(PYTHON) -m venv $(@D:/bin=)
+
+$(VENV)/.core: $(VENV)/bin/python $(INPUTS)
+	@$(VENV)/bin/python $(PIP_INSTALL) -e '.[cli]'
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.core
+	@$(VENV)/bin/python $(PIP_INSTALL) -e '.[test]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.test
+	@$(VENV)/bin/python $(PIP_INSTALL) -e '.[dev]'
+	@touch $@
+
+# lrnnx's build needs torch present, and its metadata asks for CUDA packages: hence no isolation and no dependencies.
+$(LIVE)/.live: $(LIVE)/bin/python $(INPUTS)
+	@$(LIVE)/bin/python $(PIP_INSTALL) setuptools wheel -e '.[cli,torch]' opt_einsum $(if $(filter Linux,$(shell uname -s)),triton)
+	@$(LIVE)/bin/python $(PIP_INSTALL) --no-build-isolation --no-deps lrnnx==1.0.0.post1
+	@touch $@
