@@ -28,7 +28,8 @@ def doctor() -> None:
         console.print(mark, end=" ")
         console.print(f"{finding.name}: {finding.value}", markup=False, soft_wrap=True)
         if finding.problem is not None:
-            console.print(f"      {finding.problem}\n      fix: {finding.fix}", style="red", markup=False, soft_wrap=True)
+            text = f"      {finding.problem}\n      fix: {finding.fix}"
+            console.print(text, style="red", markup=False, soft_wrap=True)
     raise typer.Exit(0 if _doctor.healthy(findings) else 1)
 
 

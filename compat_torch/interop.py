@@ -40,6 +40,11 @@ def to_jax(tensor: torch.Tensor) -> jax.Array:
     """
     import torch
 
+    if tensor.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "got a torch tensor that requires grad: no gradient would flow back through JAX. Call under "
+            "torch.no_grad(), or pass tensor.detach(); for gradients use jax.grad on JAX arrays"
+        )
     tensor = _resolved(tensor)
     if str(tensor.dtype) in _WIDE and not jax.config.jax_enable_x64:
         raise ValueError(
@@ -61,10 +66,10 @@ def to_jax(tensor: torch.Tensor) -> jax.Array:
 
 
 def to_numpy(tensor: torch.Tensor) -> np.ndarray:
-    """A torch tensor on the CPU as a NumPy array of the same shape and dtype (bfloat16 through ml_dtypes).
+    """The values of a torch tensor as a NumPy array of the same shape and dtype (bfloat16 through ml_dtypes).
 
     Raises:
-        ValueError: as `to_jax`, but for the device.
+        ValueError: it is sparse.
     """
     import torch
 
@@ -126,11 +131,6 @@ def torch_in_torch_out(method: Callable[P, R]) -> Callable[P, R]:
 def _resolved(tensor: torch.Tensor) -> torch.Tensor:
     import torch
 
-    if tensor.requires_grad and torch.is_grad_enabled():
-        raise ValueError(
-            "got a torch tensor that requires grad: no gradient would flow back through JAX. Call under "
-            "torch.no_grad(), or pass tensor.detach(); for gradients use jax.grad on JAX arrays"
-        )
     if tensor.layout is not torch.strided:
         raise ValueError(f"got a {tensor.layout} tensor: only strided tensors are supported, pass tensor.to_dense()")
     return tensor.detach().resolve_conj().resolve_neg()

@@ -90,7 +90,8 @@ def _check_all(case: Case, precision: Precision) -> list[Row]:
 
 
 def _with_progress(steps: Iterator[list[Row]], total: int | None, console: Console) -> list[Row]:
-    columns = (TextColumn("checking"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    label, current = TextColumn("checking"), TextColumn("{task.description}")
+    columns = (label, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), current)
     rows: list[Row] = []
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("", total=total)

@@ -148,4 +148,3 @@ def _distance(ours: np.ndarray, theirs: np.ndarray, scale_of: np.ndarray) -> flo
     if ours.shape != theirs.shape:
         raise ValueError(f"expected shape {theirs.shape}, got {ours.shape}")
     return _largest(ours - theirs) / max(1.0, _largest(scale_of))
-

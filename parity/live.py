@@ -125,4 +125,3 @@ def _everything_in_64_bits() -> Iterator[None]:
 def versions() -> dict[str, str]:
     """Versions of the reference and its torch, for the report."""
     return {name: metadata.version(name) for name in ("lrnnx", "torch")}
-

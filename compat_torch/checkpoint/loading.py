@@ -74,28 +74,15 @@ def load(
     return _build(module_class, {**sizes, **kwargs}, tensors, dtype)
 
 
-def _build(
-    module_class: type, arguments: dict[str, Any], tensors: Mapping[str, np.ndarray], dtype: Any
-) -> nnx.Module:
+def _build(module_class: type, arguments: dict[str, Any], tensors: Mapping[str, np.ndarray], dtype: Any) -> nnx.Module:
     from flax import nnx
 
     from ..state import load_state_dict
 
     module = nnx.eval_shape(lambda: module_class(**arguments))
-    owned = {name: _off_the_file(value) for name, value in tensors.items()}
-    load_state_dict(module, owned, strict=True, dtype=dtype)
+    load_state_dict(module, tensors, strict=True, dtype=dtype)
     module.eval()
     return module
-
-
-def _off_the_file(value: np.ndarray) -> Any:
-    """A JAX array that does not share memory with the mapped file, which may be overwritten later.
-
-    Dtypes that JAX would narrow are left for `load_state_dict` to refuse or to convert.
-    """
-    import jax
-
-    return jax.numpy.array(value) if jax.dtypes.canonicalize_dtype(value.dtype) == value.dtype else value
 
 
 def _choose(tensors: Mapping[str, np.ndarray], format: str | None, path: str) -> tuple[CheckpointFormat, Fit]:

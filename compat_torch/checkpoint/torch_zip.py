@@ -89,9 +89,7 @@ class _Records:
             self._buffers[key] = self.read(f"data/{key}")
         buffer, nbytes = self._buffers[key], count * kind.dtype.itemsize
         if nbytes > len(buffer):
-            raise CorruptCheckpointError(
-                f"storage {key[:40]!r} should have {nbytes} bytes, the file has {len(buffer)}"
-            )
+            raise CorruptCheckpointError(f"storage {key[:40]!r} should have {nbytes} bytes, the file has {len(buffer)}")
         return Storage(kind.dtype, nbytes, buffer)
 
     def read(self, name: str) -> memoryview:

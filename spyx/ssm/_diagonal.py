@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -72,7 +74,7 @@ class DiagonalSSM(nnx.Module):
 
     def initial_state(self, batch_size: int) -> Complex[Array, "B N"]:
         """Zero state for `batch_size` rows: complex, shape (batch_size, d_state)."""
-        return jnp.zeros((batch_size, self.d_state), jnp.result_type(self.param_dtype, jnp.complex64))
+        return jnp.zeros((batch_size, self.d_state), jnp.result_type(self.C_re.dtype, jnp.complex64))
 
     def __call__(
         self,
@@ -82,7 +84,7 @@ class DiagonalSSM(nnx.Module):
         return_state: bool = False,
         lengths: Int[Array, " B"] | None = None,
         reset: Bool[Array, "T B"] | None = None,
-    ):
+    ) -> Any:
         """Run the layer over a time-major sequence.
 
         Args:
@@ -120,4 +122,3 @@ class DiagonalSSM(nnx.Module):
         u_t = self._input(u_t, "[B, d_model]")
         lam, B, C = self._complex_matrices()
         return diagonal_ssm_step(u_t, state, lam, B, C, self._skip(), precision=self.precision)
-

@@ -70,7 +70,7 @@ class LTI_LRNN(LRNN):
         integration_timesteps: None = None,
         lengths: Int[Array, " B"] | None = None,
         inference_cache: Cache | None = None,
-    ):
+    ) -> Any:
         """Run the layer over whole sequences.
 
         Args:

@@ -128,4 +128,3 @@ A = [Re, Im] of the discrete eigenvalue itself, at first that of the ZOH layer |
 
     def _feedthrough(self) -> Float[Array, "H H"]:
         return self.D[...].T
-

@@ -90,9 +90,7 @@ def test_the_same_as_loading_by_hand(tmp_path):
 
 def test_arguments_pass_through(tmp_path):
     path = write(tmp_path / "w.pt", s5_weights(), "pt")
-    model = compat_torch.load(
-        path, discretization="dirac", conj_sym=True, reference="paper", precision="high"
-    )
+    model = compat_torch.load(path, discretization="dirac", conj_sym=True, reference="paper", precision="high")
     assert isinstance(model, S5)
     assert (model.d_state, model.conj_sym, model.reference, model.precision) == (2 * N, True, "paper", "high")
 

@@ -84,9 +84,7 @@ def payloads(command: str) -> dict[str, bytes]:
         "newobj": b"csubprocess\nPopen\n(" + quoted + b"t\x81.",
         "extension": b"\x82\xf0(" + quoted + b"tR.",
         "extension 4": b"\x84\xf0\x00\x00\x00(" + quoted + b"tR.",
-        "setstate by build": b"cargparse\nNamespace\n)\x81}(S'__setstate__'\ncos\nsystem\nub"
-        + quoted
-        + b"b.",
+        "setstate by build": b"cargparse\nNamespace\n)\x81}(S'__setstate__'\ncos\nsystem\nub" + quoted + b"b.",
         "setstate by setitem": b"ccollections\nOrderedDict\n)R(S'__setstate__'\ncos\nsystem\nu.",
         "default factory": b"ccollections\ndefaultdict\n(cos\nsystem\ntR.",
         "rebuild of a subclass": b"ctorch._tensor\n_rebuild_from_type_v2\n(cos\nsystem\nctorch\nTensor\n("
@@ -228,9 +226,7 @@ def test_billion_laughs(tmp_path):
     assert list(read_state_dict(path)) == ["w"]
     as_plain(content_of(path))
     with pytest.raises(CheckpointError, match="list"):
-        read_state_dict(
-            archive(tmp_path / "v.pt", b"}(" + text("w") + tensor() + text("hp") + laughs + b"u.")
-        )
+        read_state_dict(archive(tmp_path / "v.pt", b"}(" + text("w") + tensor() + text("hp") + laughs + b"u."))
 
 
 @pytest.mark.parametrize("opcode", [b"\x85", b"l"])
