@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from spyx.ops.dtypes import x64_enabled
+
 if TYPE_CHECKING:
     import torch
 
@@ -46,13 +48,13 @@ def to_jax(tensor: torch.Tensor) -> jax.Array:
             "torch.no_grad(), or pass tensor.detach(); for gradients use jax.grad on JAX arrays"
         )
     tensor = _resolved(tensor)
-    if str(tensor.dtype) in _WIDE and not jax.config.jax_enable_x64:
+    if str(tensor.dtype) in _WIDE and not x64_enabled():
         raise ValueError(
             f"got a {tensor.dtype} tensor, but 64-bit values are off in JAX: call "
             'jax.config.update("jax_enable_x64", True) first, or pass tensor.float()'
         )
     if not (tensor.dtype.is_floating_point or tensor.dtype.is_complex or tensor.dtype is torch.bool):
-        if not jax.config.jax_enable_x64:
+        if not x64_enabled():
             tensor = tensor.to(torch.int32)
         return jnp.array(tensor.cpu().numpy())
     if tensor.dtype is torch.bool or tensor.numel() == 0:

@@ -11,6 +11,8 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
+from spyx.ops.dtypes import x64_enabled
+
 from . import interop
 from .errors import CheckpointError, StateDictMismatchError
 
@@ -93,7 +95,7 @@ def _as_array(name: str, value: Any, dtype: DTypeLike | None) -> np.ndarray | ja
     if not isinstance(value, jax.Array):
         value = np.asarray(value)
     wide = value.dtype in (np.float64, np.complex128)
-    if wide and dtype is None and not jax.config.jax_enable_x64:
+    if wide and dtype is None and not x64_enabled():
         raise CheckpointError(
             f"{name} is {value.dtype}, but 64-bit values are off in JAX: call "
             'jax.config.update("jax_enable_x64", True) first, or pass dtype=jnp.float32 to round them'

@@ -111,8 +111,9 @@ def _check_run(case: Case, subject: Subject, run: Run, precision: Precision, sco
         scores.add("step", _distance(steps, run.step, run.y), 3e-5, f"{run.name} step")
     if run.w is not None:
         w = run.w.astype(dtype)
-        loss = jax.jit(jax.grad(lambda params, x: jnp.sum(forward(params, x) * w), argnums=(0, 1)))
-        for name, ours, theirs in _paired(*loss(params, x), run.grads):
+        gradient = jax.jit(jax.grad(lambda params, x: jnp.sum(forward(params, x) * w), argnums=(0, 1)))
+        of_params, of_x = gradient(params, x)
+        for name, ours, theirs in _paired(of_params, of_x, run.grads):
             scores.add("gradient", _distance(_to_float64(ours), theirs, theirs), 5e-5, f"{run.name} grad.{name}")
 
 

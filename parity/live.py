@@ -107,7 +107,7 @@ def _everything_in_64_bits() -> Iterator[None]:
         (torch, "float", torch.float64),
         (torch, "complex64", torch.complex128),
         (torch.Tensor, "float", torch.Tensor.double),
-        (torch.Tensor, "cfloat", torch.Tensor.cdouble),
+        (torch.Tensor, "cfloat", lambda tensor: tensor.to(torch.complex128)),
     ]
     saved = [(owner, name, getattr(owner, name)) for owner, name, _ in wide]
     default = torch.get_default_dtype()

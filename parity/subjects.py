@@ -43,7 +43,7 @@ def build(cls: type[nnx.Module], kwargs: dict[str, Any], params: Params) -> Any:
     """A module of ours with the reference's parameters, never initialised; differentiable in `params`."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ReferenceDefectWarning)
-        module = nnx.eval_shape(lambda: cls(**kwargs))
+        module: Any = nnx.eval_shape(lambda: cls(**kwargs))
     module.load_state_dict(params)
     return module
 

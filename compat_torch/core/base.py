@@ -24,6 +24,8 @@ class LRNN(nnx.Module):
         param_dtype: of the parameters; None is `dtype`, or float32.
     """
 
+    reference: Reference
+
     def __init__(
         self,
         *,

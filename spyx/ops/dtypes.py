@@ -8,6 +8,11 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Complex, Float
 
 
+def x64_enabled() -> bool:
+    """Whether JAX keeps 64-bit values (jax_enable_x64)."""
+    return jax.dtypes.canonicalize_dtype(jnp.float64) == jnp.float64
+
+
 def state_dtype(*values: Array | None) -> jnp.dtype:
     """The real dtype, float32 or wider, that holds the parts of every value; None is passed over."""
     parts = [jnp.finfo(v.dtype).dtype for v in values if v is not None]

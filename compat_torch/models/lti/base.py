@@ -116,9 +116,9 @@ class LTI_LRNN(LRNN):
         """
         x = self._input(x, "(B, H)")
         self._check_cache(inference_cache, x.shape[0])
-        system = (inference_cache[name] for name in self._cache_names)
+        A_bar, B_bar, C = (inference_cache[name] for name in self._cache_names)
         y, h = diagonal_ssm_step(
-            x, inference_cache["lrnn_state"], *system, self._feedthrough(),
+            x, inference_cache["lrnn_state"], A_bar, B_bar, C, self._feedthrough(),
             conj_sym=self.conj_sym, precision=self.precision,
         )  # fmt: skip
         return y, {**inference_cache, "lrnn_state": h}
