@@ -79,7 +79,8 @@ def _jax_settings(environ: Mapping[str, str]) -> Iterator[Finding]:
         yield Finding("devices", devices)
         precision = getattr(jax.config, "jax_default_matmul_precision", None) or "default"
         yield Finding("jax_default_matmul_precision", f"{precision} (compat_torch layers have their own: highest)")
-        x64 = "on" if getattr(jax.config, "jax_enable_x64", False) else 'off (jax.config.update("jax_enable_x64", True) turns it on)'
+        on = getattr(jax.config, "jax_enable_x64", False)
+        x64 = "on" if on else 'off (jax.config.update("jax_enable_x64", True) turns it on)'
         yield Finding("jax_enable_x64", x64)
     except (ImportError, RuntimeError) as err:
         fix = "unset JAX_PLATFORMS, or pip install the jax plugin of your device, see https://docs.jax.dev"
