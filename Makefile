@@ -5,6 +5,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 LIVE   ?= .venv-live
+BENCH  ?= .venv-bench
 # A CPU torch on Linux: make test TORCH_INDEX=https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
 ARGS   ?=
@@ -16,13 +17,14 @@ export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.2
 
 .DELETE_ON_ERROR:
-.PHONY: help parity test test-full live check lint types imports format clean
+.PHONY: help parity test test-full live bench check lint types imports format clean
 
 help:
 	@echo "make parity     compare with the stored references; ARGS='-k zoh --json report.json'"
 	@echo "make test       the tests (no torch compiler, no GPU needed)"
 	@echo "make test-full  the tests with their wide matrices"
 	@echo "make live       compare with an installed lrnnx, in its own environment $(LIVE)"
+	@echo "make bench      time and memory next to spyx 1.0.0, lrnnx, transformers, mambapy; ARGS='--families lti'"
 	@echo "make check      lint, types and import rules"
 	@echo "make clean      remove environments and caches"
 
@@ -37,6 +39,9 @@ test-full: $(VENV)/.test
 
 live: $(LIVE)/.live
 	$(LIVE)/bin/python -m parity --live $(ARGS)
+
+bench: $(BENCH)/.bench
+	$(BENCH)/bin/python benchmarks/scan.py --upstream $(BENCH)/upstream --lengths $(ARGS)
 
 check: lint types imports
 
@@ -55,9 +60,9 @@ format: $(VENV)/.dev
 	$(VENV)/bin/ruff format .
 
 clean:
-	rm -rf $(VENV) $(LIVE) .cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(LIVE) $(BENCH) .cache .pytest_cache .ruff_cache .hypothesis
 
-$(VENV)/bin/python $(LIVE)/bin/python:
+$(VENV)/bin/python $(LIVE)/bin/python $(BENCH)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Python 3.11 or newer is needed, $(PYTHON) is $$($(PYTHON) --version): make PYTHON=python3.12 ..."; exit 1; }
 	@echo "setting up $(@D:/bin=) (once)"
@@ -76,7 +81,18 @@ $(VENV)/.dev: $(VENV)/.test
 	@touch $@
 
 # lrnnx's build needs torch present, and its metadata asks for CUDA packages: hence no isolation and no dependencies.
+TRITON = $(if $(filter Linux,$(shell uname -s)),triton)
+define install_lrnnx
+	@$(1) $(PIP_INSTALL) setuptools wheel -e '.[cli,torch]' opt_einsum $(TRITON)
+	@$(1) $(PIP_INSTALL) --no-build-isolation --no-deps lrnnx==1.0.0.post1
+endef
+
 $(LIVE)/.live: $(LIVE)/bin/python $(INPUTS)
-	@$(LIVE)/bin/python $(PIP_INSTALL) setuptools wheel -e '.[cli,torch]' opt_einsum $(if $(filter Linux,$(shell uname -s)),triton)
-	@$(LIVE)/bin/python $(PIP_INSTALL) --no-build-isolation --no-deps lrnnx==1.0.0.post1
+	$(call install_lrnnx,$(LIVE)/bin/python)
+	@touch $@
+
+$(BENCH)/.bench: $(BENCH)/bin/python $(INPUTS)
+	$(call install_lrnnx,$(BENCH)/bin/python)
+	@$(BENCH)/bin/python $(PIP_INSTALL) transformers mambapy matplotlib
+	@$(BENCH)/bin/python $(PIP_INSTALL) --no-deps --upgrade --target $(BENCH)/upstream spyx==1.0.0
 	@touch $@

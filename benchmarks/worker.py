@@ -1,0 +1,50 @@
+"""One contestant in its own process: `python worker.py NAME`, JSON commands in, JSON answers out.
+
+{"prepare": case} -> facts; {"run": kind} -> {"seconds": s}; {"rss": true} -> {"bytes": peak since prepare}.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import time
+
+
+def peak_rss() -> int:
+    """Peak resident bytes of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def main() -> None:
+    """Answer commands until the input ends."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    from contestants import CONTESTANTS
+
+    prepared, before = None, 0
+    for line in sys.stdin:
+        command = json.loads(line)
+        if "prepare" in command:
+            case = command["prepare"]
+            try:
+                prepared = CONTESTANTS[case["family"]][sys.argv[1]](case)
+                answer = dict(prepared.facts)
+            except Exception as err:
+                answer = {"error": f"{type(err).__name__}: {err}"}
+            before = peak_rss()
+        elif prepared is None:
+            answer = {"error": "not prepared"}
+        elif "run" in command:
+            start = time.perf_counter()
+            prepared.run[command["run"]]()
+            answer = {"seconds": time.perf_counter() - start}
+        else:
+            answer = {"bytes": peak_rss(), "before": before}
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    main()
