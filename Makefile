@@ -4,6 +4,7 @@
 
 PYTHON ?= python3
 VENV   ?= .venv
+TEST   ?= .venv-test
 LIVE   ?= .venv-live
 BENCH  ?= .venv-bench
 # A CPU torch on Linux: make test TORCH_INDEX=https://download.pytorch.org/whl/cpu
@@ -21,7 +22,7 @@ export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.2
 
 help:
 	@echo "make parity     compare with the stored references; ARGS='-k zoh --json report.json'"
-	@echo "make test       the tests (no torch compiler, no GPU needed)"
+	@echo "make test       the tests, in $(TEST); neither GPU nor TPU is needed"
 	@echo "make test-full  the tests with their wide matrices"
 	@echo "make live       compare with an installed lrnnx, in its own environment $(LIVE)"
 	@echo "make bench      time and memory next to spyx 1.0.0, lrnnx, transformers, mambapy; ARGS='--families lti'"
@@ -31,11 +32,11 @@ help:
 parity: $(VENV)/.core
 	@$(VENV)/bin/python -m parity $(ARGS)
 
-test: $(VENV)/.test
-	$(VENV)/bin/python -m pytest -n 2 --dist worksteal -m "not full" $(ARGS)
+test: $(TEST)/.test
+	$(TEST)/bin/python -m pytest -n 2 --dist worksteal -m "not full" $(ARGS)
 
-test-full: $(VENV)/.test
-	$(VENV)/bin/python -m pytest -n 2 --dist worksteal $(ARGS)
+test-full: $(TEST)/.test
+	$(TEST)/bin/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 live: $(LIVE)/.live
 	$(LIVE)/bin/python -m parity --live $(ARGS)
@@ -45,24 +46,24 @@ bench: $(BENCH)/.bench
 
 check: lint types imports
 
-lint: $(VENV)/.dev
-	$(VENV)/bin/ruff check .
-	$(VENV)/bin/ruff format --check .
+lint: $(TEST)/.dev
+	$(TEST)/bin/ruff check .
+	$(TEST)/bin/ruff format --check .
 
-types: $(VENV)/.dev
-	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
+types: $(TEST)/.dev
+	$(TEST)/bin/pyright --pythonpath $(TEST)/bin/python
 
-imports: $(VENV)/.dev
-	$(VENV)/bin/lint-imports --cache-dir .cache/import-linter
+imports: $(TEST)/.dev
+	$(TEST)/bin/lint-imports --cache-dir .cache/import-linter
 
-format: $(VENV)/.dev
-	$(VENV)/bin/ruff check --fix .
-	$(VENV)/bin/ruff format .
+format: $(TEST)/.dev
+	$(TEST)/bin/ruff check --fix .
+	$(TEST)/bin/ruff format .
 
 clean:
-	rm -rf $(VENV) $(LIVE) $(BENCH) .cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(TEST) $(LIVE) $(BENCH) .cache .pytest_cache .ruff_cache .hypothesis
 
-$(VENV)/bin/python $(LIVE)/bin/python $(BENCH)/bin/python:
+$(VENV)/bin/python $(TEST)/bin/python $(LIVE)/bin/python $(BENCH)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Python 3.11 or newer is needed, $(PYTHON) is $$($(PYTHON) --version): make PYTHON=python3.12 ..."; exit 1; }
 	@echo "setting up $(@D:/bin=) (once)"
@@ -72,12 +73,12 @@ $(VENV)/.core: $(VENV)/bin/python $(INPUTS)
 	@$(VENV)/bin/python $(PIP_INSTALL) -e '.[cli]'
 	@touch $@
 
-$(VENV)/.test: $(VENV)/.core
-	@$(VENV)/bin/python $(PIP_INSTALL) -e '.[test]'
+$(TEST)/.test: $(TEST)/bin/python $(INPUTS)
+	@$(TEST)/bin/python $(PIP_INSTALL) -e '.[test]'
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.test
-	@$(VENV)/bin/python $(PIP_INSTALL) -e '.[dev]'
+$(TEST)/.dev: $(TEST)/.test
+	@$(TEST)/bin/python $(PIP_INSTALL) -e '.[dev]'
 	@touch $@
 
 # lrnnx's build needs torch present, and its metadata asks for CUDA packages: hence no isolation and no dependencies.
