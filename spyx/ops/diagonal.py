@@ -3,13 +3,29 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Complex, Float, Int
 
+from . import _streamed
+from ._blocked import is_complex, join, split
+from ._recomputed import recomputed
+from ._streamed import System
 from .dtypes import state_dtype
-from .scan import Method, check_lengths, check_reset, linear_scan, valid_steps
+from .scan import (
+    How,
+    Method,
+    check_lengths,
+    check_method,
+    check_reset,
+    parallel_scan,
+    scan_dtype,
+    streams,
+    valid_steps,
+)
+from .scan import plain as plain_scan
 
 Matrix = Float[Array, "_ _"] | Complex[Array, "_ _"]
 Precision = jax.lax.PrecisionLike
@@ -40,7 +56,10 @@ def diagonal_ssm(
         C: output matrix, real or complex, shape (K, N); usually K = H.
         D: feedthrough: shape (H,), elementwise (K = H), or (K, H); None is 0.
         h0: state before the first step, shape (B, N); None is zero.
-        reverse, reset, lengths, method: as in `linear_scan`.
+        reverse, reset, lengths: as in `linear_scan`.
+        method: as in `linear_scan`, for the layer as a whole: "blocked", which "auto" takes on CPU, makes
+            projection, scan and readout of one block of steps before the next, forward and backward,
+            and holds no array of size (T, B, N).
         conj_sym: `lam`, `B`, `C` hold one of each conjugate pair: the real part counts twice.
         return_state: also return the last state computed.
         precision: of every matrix product, as in `jax.lax.dot`.
@@ -62,6 +81,7 @@ def diagonal_ssm(
     if u.ndim != 3:
         raise ValueError(f"u must have shape (T, B, H), got {u.shape}")
     _check(u, lam, B, C, D, h0)
+    check_method(method)
     if reset is not None:
         check_reset(reset, u.shape[:2])
     if lengths is not None:
@@ -136,26 +156,97 @@ def _feed_through(u, D, precision):
     return D * u if D.ndim == 1 else jnp.einsum("...h,kh->...k", u, D, precision=precision)
 
 
-def _cast(real, *values):
+def _cast(real, *values) -> tuple[Any, ...]:
     complex_ = jnp.result_type(real, jnp.complex64)
-    return tuple(
-        None if v is None else v.astype(complex_ if jnp.iscomplexobj(v) else real) for v in values
-    )
+    return tuple(None if v is None else v.astype(complex_ if jnp.iscomplexobj(v) else real) for v in values)
+
+
+class _How(NamedTuple):
+    """Static arguments of a layer."""
+
+    scan: How
+    precision: Precision
+
+    @property
+    def streamed(self) -> dict:
+        return {"reverse": self.scan.reverse, "precision": self.precision}
+
+    @property
+    def parallel(self) -> _How:
+        return _How(How(self.scan.reverse, "associative"), self.precision)
 
 
 @partial(jax.jit, static_argnames=("reverse", "conj_sym", "method", "precision"))
 def _diagonal_ssm(u, lam, B, C, D, h0, reset, lengths, *, reverse, conj_sym, method, precision):
-    out_dtype = u.dtype
-    u, lam, B, C, D, h0 = _cast(state_dtype(u, lam, B, C, D, h0), u, lam, B, C, D, h0)
-    if lengths is not None:
-        u = jnp.where(valid_steps(lengths, u.shape[0], u.ndim), u, 0)
-    h, state = linear_scan(
-        lam, _project(u, B, precision), h0, reverse=reverse, reset=reset, lengths=lengths, method=method
+    T, batch = u.shape[:2]
+    real, state = state_dtype(u, lam, B, C, D, h0), scan_dtype(lam, B, h0)
+    state = jnp.result_type(real, state)
+    h0 = jnp.zeros((batch, lam.shape[0]), state) if h0 is None else h0.astype(state)
+    if T == 0:
+        return jnp.zeros((T, batch, C.shape[0]), u.dtype), h0
+    masks = (
+        None if reset is None else reset.reshape(T, -1, 1, 1),
+        None if lengths is None else valid_steps(lengths, T, 4),
     )
-    y = _read_out(h, C, conj_sym, precision)
-    if D is not None:
-        y = y + _feed_through(u, D, precision)
-    return y.astype(out_dtype), state
+    system = _system(lam, B, 2 * C if conj_sym else C, D, state)
+    how = _How(How(reverse, method), precision)
+    f = _recomputed if streams(method, T) else _plain
+    y, h_last = f(how, (system, u, split(h0, state, -2)), masks)
+    return y, join(h_last, -2)
+
+
+def _system(lam, B, C, D, state) -> System:
+    """The system in real numbers, for states of dtype `state`."""
+    real = jnp.finfo(state).dtype
+
+    def parts(z):
+        return split(z, state if jnp.iscomplexobj(z) else real, 0)
+
+    C = parts(jnp.conj(C.T) if is_complex(state) else C.T.real)
+    return System(parts(lam), parts(B), C, None if D is None else D.astype(real))
+
+
+def _plain(how: _How, values, masks, scan=plain_scan):
+    """The layer in plain JAX, differentiable in every mode `scan` is: `(y, h_last)`, h_last in parts."""
+    (system, u, h0), valid = values, masks[1]
+    inputs = _streamed.clear(u, valid, h0.dtype)
+    x = _streamed.project(inputs, system.B, h0.shape[1], how.precision)
+    flat = tuple(None if mask is None else mask[..., 0] for mask in masks)
+    h, h_last = scan(how.scan, (join(system.lam, 0)[None], join(x, -2), join(h0, -2)), flat)
+    y = _streamed.read_out(split(h, h.dtype, -2), inputs, system, how.precision)
+    return _streamed.clear(y, valid, u.dtype), split(h_last, h_last.dtype, -2)
+
+
+def _forward(how: _How, values, masks):
+    def streamed(values, masks):
+        y, h_last, before = _streamed.forward(*values, *masks, **how.streamed)
+        return (y, h_last), before
+
+    def parallel(values, masks):
+        return _plain(how.parallel, values, masks), _streamed.saved_states(*values)
+
+    if how.scan.method == "blocked":
+        return streamed(values, masks)
+    return jax.lax.platform_dependent(values, masks, cpu=streamed, default=parallel)
+
+
+def _adjoint(how: _How, values, masks, saved, cotangents):
+    def streamed(values, masks, saved, cotangents):
+        (system, u, h0), (reset, valid), (dy, dh_last) = values, masks, cotangents
+        return _streamed.adjoint(system, u, h0, reset, valid, saved, dy, dh_last, **how.streamed)
+
+    def parallel(values, masks, saved, cotangents):
+        del saved
+        layer = partial(_plain, how.parallel, masks=masks, scan=parallel_scan)
+        return jax.vjp(layer, values)[1](cotangents)[0]
+
+    args = values, masks, saved, cotangents
+    if how.scan.method == "blocked":
+        return streamed(*args)
+    return jax.lax.platform_dependent(*args, cpu=streamed, default=parallel)
+
+
+_recomputed = recomputed(_forward, _adjoint, _plain)
 
 
 @partial(jax.jit, static_argnames=("conj_sym", "precision"))

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Complex, Float, Int
 
+from . import _blocked
+from ._recomputed import recomputed
 from .dtypes import state_dtype
 
-Method = Literal["auto", "sequential", "associative"]
+Method = Literal["auto", "sequential", "blocked", "associative"]
 Values = Float[Array, "T *D"] | Complex[Array, "T *D"]
 State = Float[Array, "*D"] | Complex[Array, "*D"]
+
+_CHUNK = 1024
 
 
 def linear_scan(
@@ -39,9 +43,12 @@ def linear_scan(
         lengths: int, shape (B,): number of valid steps of each row. `h` is 0 past them, the padding
             (even NaN) reaches neither values nor gradients, `h_last` is the state of the last step
             computed that is valid; with `reverse` the scan starts at the last valid step.
-        method: "sequential" (lax.scan, least memory), "associative" (parallel prefix) or "auto"
-            (chosen for each platform when lowered: sequential on CPU, associative elsewhere).
-            All support forward- and reverse-mode differentiation of any order.
+        method: "sequential": lax.scan. "associative": parallel prefix within chunks of 1024 steps, one chunk
+            after the other. "blocked": sequential, and the backward pass keeps nothing but the inputs and
+            the state before each block of steps. "auto": chosen for each platform when lowered,
+            blocked on CPU, associative elsewhere, with a backward pass that keeps only the inputs.
+            Reverse-mode differentiation works to any order with each of them, forward over reverse too;
+            forward mode alone (`jax.jvp`) needs "sequential" or "associative" (or T <= 16).
 
     Returns:
         `(h, h_last)`: h of shape (T, ...) in the dtype of `x` (complex if `a` or `h0` is), and the last state
@@ -61,8 +68,7 @@ def linear_scan(
 
 
 def _check(a, x, h0, reset, lengths, method) -> None:
-    if method not in get_args(Method):
-        raise ValueError(f"method must be one of {get_args(Method)}, got {method!r}")
+    check_method(method)
     if x.ndim == 0:
         raise ValueError("x must have a leading time axis (T, ...), got a scalar")
     for name, value in (("a", a), ("x", x), ("h0", h0)):
@@ -84,6 +90,12 @@ def _check(a, x, h0, reset, lengths, method) -> None:
         check_reset(reset, x.shape[:2])
     if lengths is not None:
         check_lengths(lengths, x.shape)
+
+
+def check_method(method: str) -> None:
+    """Raise ValueError unless `method` is one of `Method`."""
+    if method not in get_args(Method):
+        raise ValueError(f"method must be one of {get_args(Method)}, got {method!r}")
 
 
 def check_reset(reset: Array, leading: tuple[int, ...]) -> None:
@@ -112,48 +124,145 @@ def valid_steps(lengths: Int[Array, " B"], T: int, ndim: int) -> Bool[Array, "T 
 
 @partial(jax.jit, static_argnames=("reverse", "method"))
 def _linear_scan(a, x, h0, reset, lengths, *, reverse, method):
-    T, shape = x.shape[0], x.shape[1:]
-    dtype = state_dtype(a, x, h0)
-    if any(jnp.iscomplexobj(v) for v in (a, x, h0)):
-        dtype = jnp.result_type(dtype, jnp.complex64)
-    out_dtype = x.dtype if jnp.iscomplexobj(x) or not _is_complex(dtype) else dtype
-    h0 = jnp.zeros(shape, dtype) if h0 is None else h0.astype(dtype)
+    T, dtype = x.shape[0], scan_dtype(a, x, h0)
+    h0 = jnp.zeros(x.shape[1:], dtype) if h0 is None else h0.astype(dtype)
     if T == 0:
-        return jnp.zeros(x.shape, out_dtype), h0
-    a, x = a.astype(dtype), x.astype(dtype)
+        return jnp.zeros(x.shape, _out_dtype(x, h0)), h0
     if a.ndim < x.ndim:
-        a = jnp.broadcast_to(a, shape)
+        a = a.reshape((1,) * (x.ndim - 1 - a.ndim) + a.shape)
     if reset is not None:
         reset = reset.reshape(reset.shape + (1,) * (x.ndim - reset.ndim))
-    valid = None
-    if lengths is not None:
-        valid = valid_steps(lengths, T, x.ndim)
+    valid = None if lengths is None else valid_steps(lengths, T, x.ndim)
+    how = How(reverse, method)
+    f = _recomputed if streams(method, T) else plain
+    return f(how, (a, x, h0), (reset, valid))
+
+
+def streams(method: Method, T: int) -> bool:
+    """Whether the backward pass is hand-written: not for so few steps that it would save nothing."""
+    return method == "blocked" or (method == "auto" and T > _blocked.MIN_STEPS)
+
+
+class How(NamedTuple):
+    """Static arguments of a scan."""
+
+    reverse: bool
+    method: Method
+
+
+def scan_dtype(*values):
+    """The dtype of the state: float32 or wider, complex if any value is; None is passed over."""
+    dtype = state_dtype(*values)
+    complex_ = any(v is not None and jnp.iscomplexobj(v) for v in values)
+    return jnp.result_type(dtype, jnp.complex64) if complex_ else dtype
+
+
+def _out_dtype(x, h0):
+    return h0.dtype if jnp.iscomplexobj(h0) and not jnp.iscomplexobj(x) else x.dtype
+
+
+def plain(how: How, values, masks):
+    """The scan in plain JAX, differentiable in every mode: `(h, h_last)`.
+
+    `values` is (a, x, h0): a with as many axes as x, or one less if constant in time, h0 in the dtype of the
+    state. `masks` is (reset, valid), each None or broadcastable against x. "blocked" is run as "sequential".
+    """
+    (a, x, h0), (reset, valid) = values, masks
+    out_dtype = _out_dtype(x, h0)
+    a, x = a.astype(h0.dtype), x.astype(h0.dtype)
+    if valid is not None:
         x = jnp.where(valid, x, 0)
         if a.ndim == x.ndim:
             a = jnp.where(valid, a, 1)
         if reset is not None:
             reset = reset & valid
     args = (a, x, h0, reset, valid)
-    if method == "auto":
-        h, h_last = jax.lax.platform_dependent(
-            *args,
-            cpu=partial(_sequential, reverse=reverse),
-            default=partial(_associative, reverse=reverse),
-        )
+    sequential, associative = (partial(f, reverse=how.reverse) for f in (_sequential, _associative))
+    if how.method == "auto":
+        h, h_last = jax.lax.platform_dependent(*args, cpu=sequential, default=associative)
     else:
-        h, h_last = (_sequential if method == "sequential" else _associative)(*args, reverse=reverse)
+        h, h_last = (associative if how.method == "associative" else sequential)(*args)
     if valid is not None:
         h = jnp.where(valid, h, 0)
     return h.astype(out_dtype), h_last
 
 
-def _is_complex(dtype) -> bool:
-    return jnp.issubdtype(dtype, jnp.complexfloating)
+def _adjoint_by_scan(how: How, values, masks, saved, cotangents):
+    """The adjoint of a scan is the scan in the other direction; the states are computed again."""
+    del saved
+    (a, x, h0), (reset, valid), (dh, dh_last) = values, masks, cotangents
+    reverse, dtype = how.reverse, h0.dtype
+    parallel = partial(plain, How(not reverse, "associative"))
+
+    def following(z, fill):
+        edge = jnp.full_like(z[:1], fill)
+        return jnp.concatenate([edge, z[:-1]] if reverse else [z[1:], edge])
+
+    dh = dh.astype(dtype)
+    if valid is not None:
+        dh = jnp.where(valid, dh, 0)
+    dh = dh.at[0 if reverse else -1].add(dh_last)
+    a_next = following(a, 1) if a.ndim == x.ndim else a
+    reset_next = None if reset is None else following(reset, False)
+    if valid is not None:
+        valid_next = following(valid, True)
+        a_next = jnp.where(valid_next, a_next if a.ndim == x.ndim else a[None], 1)
+        reset_next = None if reset_next is None else reset_next & valid_next
+    g, _ = parallel((a_next, dh, jnp.zeros_like(h0)), (reset_next, None))
+
+    h, _ = plain(How(reverse, "associative"), (a, x.astype(dtype), h0), masks)
+    if valid is not None:
+        h = jnp.where(valid, h, h0)
+    kept = jnp.concatenate([h[1:], h0[None]] if reverse else [h0[None], h[:-1]])
+    first = -1 if reverse else 0
+    dh0 = g[first] * (a[first] if a.ndim == x.ndim else a)
+    if reset is not None:
+        kept, dh0 = jnp.where(reset, 0, kept), jnp.where(reset[first], 0, dh0)
+    if valid is not None:
+        dh0, g = jnp.where(valid[first], dh0, g[first]), jnp.where(valid, g, 0)
+    da = g * kept if a.ndim == x.ndim else jnp.sum(g * kept, 0)
+    axes = tuple(k for k, n in enumerate(a.shape) if n == 1 and da.shape[k] != 1)
+    real = lambda z, like: (z if jnp.iscomplexobj(like) else z.real).astype(like.dtype)  # noqa: E731
+    return real(jnp.sum(da, axes, keepdims=True), a), real(g, x), dh0.astype(dtype)
+
+
+parallel_scan = recomputed(lambda *args: (plain(*args), None), _adjoint_by_scan, plain)
+"""`plain`, in reverse mode with the backward pass of `_adjoint_by_scan`: `how.method` is "associative"."""
+
+
+def _forward(how: How, values, masks):
+    def streamed(values, masks):
+        out_dtype = _out_dtype(values[1], values[2])
+        h, h_last, before = _blocked.forward(*values, *masks, reverse=how.reverse, out_dtype=out_dtype)
+        return (h, h_last), before
+
+    def parallel(values, masks):
+        ahead = How(how.reverse, "associative")
+        return plain(ahead, values, masks), _blocked.saved_states(*values[1:])
+
+    if how.method == "blocked":
+        return streamed(values, masks)
+    return jax.lax.platform_dependent(values, masks, cpu=streamed, default=parallel)
+
+
+def _adjoint(how: How, values, masks, saved, cotangents):
+    def streamed(values, masks, saved, cotangents):
+        (a, x, h0), (reset, valid), (dh, dh_last) = values, masks, cotangents
+        return _blocked.adjoint(a, x, h0, reset, valid, saved, dh, dh_last, reverse=how.reverse)
+
+    parallel = partial(_adjoint_by_scan, how)
+    args = values, masks, saved, cotangents
+    if how.method == "blocked":
+        return streamed(*args)
+    return jax.lax.platform_dependent(*args, cpu=streamed, default=parallel)
+
+
+_recomputed = recomputed(_forward, _adjoint, plain)
 
 
 def _sequential(a, x, h0, reset, valid, *, reverse):
     """lax.scan over real arrays; complex values travel as (re, im) pairs, which vectorises better."""
-    is_complex = _is_complex(x.dtype)
+    is_complex = _blocked.is_complex(x.dtype)
     split = (lambda z: (z.real, z.imag)) if is_complex else (lambda z: (z,))
     join = (lambda z: jax.lax.complex(*z)) if is_complex else (lambda z: z[0])
     varying = a.ndim == x.ndim
@@ -180,28 +289,51 @@ def _multiply(a, b):
 
 
 def _associative(a, x, h0, reset, valid, *, reverse):
+    """Chunk after chunk, so that the time to compile does not grow with T."""
+    T, constant = x.shape[0], None if a.ndim == x.ndim else a
+    if T <= _CHUNK:
+        return _chunk(a, x, h0, reset, valid, reverse=reverse)
+    chunks = -(-T // _CHUNK)
+    length = -(-T // chunks)
+    missing = chunks * length - T
+    if missing and valid is None:
+        valid = jnp.ones((T,) + (1,) * (x.ndim - 1), jnp.bool_)
+
+    def cut(z, fill):
+        if z is None:
+            return None
+        z = jnp.pad(z, ((0, missing),) + ((0, 0),) * (z.ndim - 1), constant_values=fill)
+        return z.reshape(chunks, length, *z.shape[1:])
+
+    def step(h, inputs):
+        a_c, x_c, reset_c, valid_c = inputs
+        h_c, h = _chunk(a_c if constant is None else constant, x_c, h, reset_c, valid_c, reverse=reverse)
+        return h, h_c
+
+    inputs = cut(a if constant is None else None, 1), cut(x, 0), cut(reset, False), cut(valid, False)
+    h_last, h = jax.lax.scan(step, h0, inputs, reverse=reverse)
+    return h.reshape(chunks * length, *x.shape[1:])[:T], h_last
+
+
+def _chunk(a, x, h0, reset, valid, *, reverse):
     first, last = (-1, 0) if reverse else (0, -1)
-    if a.ndim == x.ndim:
-        a = jnp.broadcast_to(a, x.shape)
-    elif valid is not None:
+    if a.ndim < x.ndim and valid is not None:
         a = jnp.where(valid, a[None], 1)
-    else:
-        a = jnp.broadcast_to(a[None], x.shape)
+    a = jnp.broadcast_to(a, x.shape)
     carried = a[first] * (h0 if reset is None else jnp.where(reset[first], 0, h0))
     x = x.at[first].add(carried)
 
-    if reset is None:
-
-        def combine(left, right):
-            return left[0] * right[0], right[0] * left[1] + right[1]
-
-        _, h = jax.lax.associative_scan(combine, (a, x), reverse=reverse)
-        return h, h[last]
+    def combine(left, right):
+        return left[0] * right[0], right[0] * left[1] + right[1]
 
     def combine_reset(left, right):
-        keep = jnp.where(right[2], 0, left[1])
-        return left[0] * right[0], right[0] * keep + right[1], left[2] | right[2]
+        a_left = jnp.where(left[2], 0, left[0])
+        a_right, kept = (jnp.where(right[2], 0, z) for z in (right[0], left[1]))
+        return a_left * a_right, a_right * kept + right[1], left[2] | right[2]
 
-    flags = jnp.broadcast_to(reset, x.shape)
-    _, h, _ = jax.lax.associative_scan(combine_reset, (a, x, flags), reverse=reverse)
+    if reset is None:
+        h = jax.lax.associative_scan(combine, (a, x), reverse=reverse)[1]
+    else:
+        flags = jnp.broadcast_to(reset, x.shape)
+        h = jax.lax.associative_scan(combine_reset, (a, x, flags), reverse=reverse)[1]
     return h, h[last]

@@ -1,0 +1,12 @@
+"""Pallas kernels for TPUs (Mosaic)."""
+
+from .tpu_linear import linear_scan_fits, linear_scan_forward
+from .tpu_selective import selective_scan_backward, selective_scan_fits, selective_scan_forward
+
+__all__ = [
+    "linear_scan_fits",
+    "linear_scan_forward",
+    "selective_scan_backward",
+    "selective_scan_fits",
+    "selective_scan_forward",
+]
