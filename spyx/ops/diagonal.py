@@ -20,8 +20,8 @@ from .scan import (
     check_lengths,
     check_method,
     check_reset,
-    parallel_scan,
     scan_dtype,
+    streamed_scan,
     streams,
     valid_steps,
 )
@@ -171,10 +171,6 @@ class _How(NamedTuple):
     def streamed(self) -> dict:
         return {"reverse": self.scan.reverse, "precision": self.precision}
 
-    @property
-    def parallel(self) -> _How:
-        return _How(How(self.scan.reverse, "associative"), self.precision)
-
 
 @partial(jax.jit, static_argnames=("reverse", "conj_sym", "method", "precision"))
 def _diagonal_ssm(u, lam, B, C, D, h0, reset, lengths, *, reverse, conj_sym, method, precision):
@@ -191,6 +187,8 @@ def _diagonal_ssm(u, lam, B, C, D, h0, reset, lengths, *, reverse, conj_sym, met
     system = _system(lam, B, 2 * C if conj_sym else C, D, state)
     how = _How(How(reverse, method), precision)
     f = _recomputed if streams(method, T) else _plain
+    if method == "pallas":
+        f = partial(_plain, scan=streamed_scan)
     y, h_last = f(how, (system, u, split(h0, state, -2)), masks)
     return y, join(h_last, -2)
 
@@ -223,7 +221,7 @@ def _forward(how: _How, values, masks):
         return (y, h_last), before
 
     def parallel(values, masks):
-        return _plain(how.parallel, values, masks), _streamed.saved_states(*values)
+        return _plain(how, values, masks, scan=streamed_scan), _streamed.saved_states(*values)
 
     if how.scan.method == "blocked":
         return streamed(values, masks)
@@ -237,7 +235,7 @@ def _adjoint(how: _How, values, masks, saved, cotangents):
 
     def parallel(values, masks, saved, cotangents):
         del saved
-        layer = partial(_plain, how.parallel, masks=masks, scan=parallel_scan)
+        layer = partial(_plain, how, masks=masks, scan=streamed_scan)
         return jax.vjp(layer, values)[1](cotangents)[0]
 
     args = values, masks, saved, cotangents

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from functools import partial
 from typing import Literal, NamedTuple, get_args
 
@@ -11,9 +12,10 @@ from jaxtyping import Array, Bool, Complex, Float, Int
 
 from . import _blocked
 from ._recomputed import recomputed
+from .dispatch import platform_primitive
 from .dtypes import state_dtype
 
-Method = Literal["auto", "sequential", "blocked", "associative"]
+Method = Literal["auto", "sequential", "blocked", "associative", "pallas"]
 Values = Float[Array, "T *D"] | Complex[Array, "T *D"]
 State = Float[Array, "*D"] | Complex[Array, "*D"]
 
@@ -45,8 +47,9 @@ def linear_scan(
             computed that is valid; with `reverse` the scan starts at the last valid step.
         method: "sequential": lax.scan. "associative": parallel prefix within chunks of 1024 steps, one chunk
             after the other. "blocked": sequential, and the backward pass keeps nothing but the inputs and
-            the state before each block of steps. "auto": chosen for each platform when lowered,
-            blocked on CPU, associative elsewhere, with a backward pass that keeps only the inputs.
+            the state before each block of steps. "pallas": the hand kernels for TPU and NVIDIA GPU, an error
+            for what they do not take. "auto": chosen for each platform when lowered: blocked on CPU, the hand
+            kernels where they take the dtypes, associative elsewhere; the backward pass keeps only the inputs.
             Reverse-mode differentiation works to any order with each of them, forward over reverse too;
             forward mode alone (`jax.jvp`) needs "sequential" or "associative" (or T <= 16).
 
@@ -134,13 +137,13 @@ def _linear_scan(a, x, h0, reset, lengths, *, reverse, method):
         reset = reset.reshape(reset.shape + (1,) * (x.ndim - reset.ndim))
     valid = None if lengths is None else valid_steps(lengths, T, x.ndim)
     how = How(reverse, method)
-    f = _recomputed if streams(method, T) else plain
+    f = streamed_scan if streams(method, T) else plain
     return f(how, (a, x, h0), (reset, valid))
 
 
 def streams(method: Method, T: int) -> bool:
     """Whether the backward pass is hand-written: not for so few steps that it would save nothing."""
-    return method == "blocked" or (method == "auto" and T > _blocked.MIN_STEPS)
+    return method in ("blocked", "pallas") or (method == "auto" and T > _blocked.MIN_STEPS)
 
 
 class How(NamedTuple):
@@ -181,17 +184,16 @@ def plain(how: How, values, masks):
     if how.method == "auto":
         h, h_last = jax.lax.platform_dependent(*args, cpu=sequential, default=associative)
     else:
-        h, h_last = (associative if how.method == "associative" else sequential)(*args)
+        h, h_last = (associative if how.method in ("associative", "pallas") else sequential)(*args)
     if valid is not None:
         h = jnp.where(valid, h, 0)
     return h.astype(out_dtype), h_last
 
 
-def _adjoint_by_scan(how: How, values, masks, saved, cotangents):
+def _adjoint_by_scan(reverse: bool, values, masks, cotangents):
     """The adjoint of a scan is the scan in the other direction; the states are computed again."""
-    del saved
     (a, x, h0), (reset, valid), (dh, dh_last) = values, masks, cotangents
-    reverse, dtype = how.reverse, h0.dtype
+    dtype = h0.dtype
     parallel = partial(plain, How(not reverse, "associative"))
 
     def following(z, fill):
@@ -226,38 +228,84 @@ def _adjoint_by_scan(how: How, values, masks, saved, cotangents):
     return real(jnp.sum(da, axes, keepdims=True), a), real(g, x), dh0.astype(dtype)
 
 
-parallel_scan = recomputed(lambda *args: (plain(*args), None), _adjoint_by_scan, plain)
-"""`plain`, in reverse mode with the backward pass of `_adjoint_by_scan`: `how.method` is "associative"."""
+def _streamed_forward(values, masks, *, reverse: bool, required: bool):
+    if required:
+        raise ValueError('method="pallas": there are kernels for TPU and NVIDIA GPU, none for CPU; use method="auto"')
+    out_dtype = _out_dtype(values[1], values[2])
+    h, h_last, before = _blocked.forward(*values, *masks, reverse=reverse, out_dtype=out_dtype)
+    return (h, h_last), before
+
+
+def _streamed_adjoint(values, masks, saved, cotangents, *, reverse: bool, required: bool):
+    del required
+    (a, x, h0), (reset, valid), (dh, dh_last) = values, masks, cotangents
+    return _blocked.adjoint(a, x, h0, reset, valid, saved, dh, dh_last, reverse=reverse)
+
+
+def _parallel_forward(values, masks, *, reverse: bool, required: bool):
+    del required
+    return plain(How(reverse, "associative"), values, masks), _blocked.saved_states(*values[1:])
+
+
+def _parallel_adjoint(values, masks, saved, cotangents, *, reverse: bool, required: bool):
+    del saved, required
+    return _adjoint_by_scan(reverse, values, masks, cotangents)
+
+
+def _kernel(platform: str, values, required: bool):
+    """The kernel of `spyx.ops.pallas` for a platform, or None where its block rules do not fit."""
+    from .pallas import values as on_values
+
+    if on_values.scan_fits(values):
+        return importlib.import_module(f".pallas.{platform}", __package__).linear_scan_forward
+    if required:
+        dtypes = [str(v.dtype) for v in values]
+        raise ValueError(f'method="pallas" needs float32 or bfloat16 values and a float32 state, got {dtypes}')
+    return None
+
+
+def _kernel_forward(platform: str, values, masks, *, reverse: bool, required: bool):
+    run = _kernel(platform, values, required)
+    if run is None:
+        return _parallel_forward(values, masks, reverse=reverse, required=required)
+    from .pallas.values import scan
+
+    return scan(run, values, masks, reverse=reverse), _blocked.saved_states(*values[1:])
+
+
+def _kernel_adjoint(platform: str, values, masks, saved, cotangents, *, reverse: bool, required: bool):
+    run = _kernel(platform, values, required)
+    if run is None:
+        return _parallel_adjoint(values, masks, saved, cotangents, reverse=reverse, required=required)
+    from .pallas.values import scan_adjoint
+
+    return scan_adjoint(run, values, masks, cotangents, reverse=reverse)
+
+
+_forward_by_platform = platform_primitive(
+    "linear_scan", _parallel_forward,
+    cpu=_streamed_forward, cuda=partial(_kernel_forward, "gpu"), tpu=partial(_kernel_forward, "tpu"),
+)  # fmt: skip
+_adjoint_by_platform = platform_primitive(
+    "linear_scan_adjoint", _parallel_adjoint,
+    cpu=_streamed_adjoint, cuda=partial(_kernel_adjoint, "gpu"), tpu=partial(_kernel_adjoint, "tpu"),
+)  # fmt: skip
 
 
 def _forward(how: How, values, masks):
-    def streamed(values, masks):
-        out_dtype = _out_dtype(values[1], values[2])
-        h, h_last, before = _blocked.forward(*values, *masks, reverse=how.reverse, out_dtype=out_dtype)
-        return (h, h_last), before
-
-    def parallel(values, masks):
-        ahead = How(how.reverse, "associative")
-        return plain(ahead, values, masks), _blocked.saved_states(*values[1:])
-
     if how.method == "blocked":
-        return streamed(values, masks)
-    return jax.lax.platform_dependent(values, masks, cpu=streamed, default=parallel)
+        return _streamed_forward(values, masks, reverse=how.reverse, required=False)
+    return _forward_by_platform(values, masks, reverse=how.reverse, required=how.method == "pallas")
 
 
-def _adjoint(how: How, values, masks, saved, cotangents):
-    def streamed(values, masks, saved, cotangents):
-        (a, x, h0), (reset, valid), (dh, dh_last) = values, masks, cotangents
-        return _blocked.adjoint(a, x, h0, reset, valid, saved, dh, dh_last, reverse=how.reverse)
-
-    parallel = partial(_adjoint_by_scan, how)
-    args = values, masks, saved, cotangents
+def _adjoint(how: How, *args):
     if how.method == "blocked":
-        return streamed(*args)
-    return jax.lax.platform_dependent(*args, cpu=streamed, default=parallel)
+        return _streamed_adjoint(*args, reverse=how.reverse, required=False)
+    return _adjoint_by_platform(*args, reverse=how.reverse, required=how.method == "pallas")
 
 
-_recomputed = recomputed(_forward, _adjoint, plain)
+streamed_scan = recomputed(_forward, _adjoint, plain)
+"""As `plain`, with a hand-written backward pass: `how.method` is "auto", "blocked" or "pallas"."""
 
 
 def _sequential(a, x, h0, reset, valid, *, reverse):

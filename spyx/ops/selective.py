@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import importlib
 from functools import partial
 from math import isqrt
 from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Bool, Complex, Float, Int
 
+from . import _selective_kernels
 from . import _selective_runs as runs
+from ._recomputed import recomputed
 from ._selective_step import Masks, Options, Steps, Weights, one_step
+from .dispatch import platform_primitive
 from .dtypes import state_dtype
 from .scan import check_lengths, check_reset
 
 Discretization = Literal["mamba", "zoh", "bilinear", "dirac"]
-SelectiveMethod = Literal["auto", "sequential", "blocked", "associative"]
+SelectiveMethod = Literal["auto", "sequential", "blocked", "associative", "pallas"]
 Vectors = Float[Array, "T B *G N"] | Complex[Array, "T B *G N"]
 State = Float[Array, "B D N"] | Complex[Array, "B D N"]
 
@@ -81,8 +84,9 @@ def selective_scan(
         return_state: also return the last state computed.
         method: "sequential" (lax.scan, every mode of differentiation), "blocked" (the same, with a reverse mode
             that saves a state per chunk and recomputes the rest; fastest on CPU), "associative" (parallel
-            prefix in blocks of about 256 steps; every mode of differentiation) or "auto" ("blocked" on CPU,
-            "associative" elsewhere, chosen when lowered; reverse mode first, then any).
+            prefix in blocks of about 256 steps; every mode of differentiation), "pallas" (the hand kernels for TPU
+            and NVIDIA GPU, an error for what they do not take) or "auto" ("blocked" on CPU, the hand kernels
+            where they fit, "associative" elsewhere, chosen when lowered; reverse mode first, then any).
 
     Returns:
         y of shape (T, B, D) in the dtype of `u`; with `return_state`, `(y, state)` with state (B, D, N), complex
@@ -225,9 +229,9 @@ class _Layout:
         return rows.mT.reshape(self.batch, self.channels, self.N)
 
 
-def _chunk_sizes(T: int) -> tuple[int, int]:
+def _chunk_sizes(T: int, N: int) -> tuple[int, int]:
     """Steps between saved states, about sqrt(T) for the least memory, and steps per parallel block."""
-    chunk = min(T, 1 << max(4, min(6, isqrt(T).bit_length() - 1)))
+    chunk = min(T, 1 << max(4, min(6 if N <= 16 else 5, isqrt(T).bit_length() - 1)))
     blocks = -(-T // max(_PARALLEL_STEPS, chunk))
     return chunk, -(-T // (blocks * chunk)) * chunk
 
@@ -240,7 +244,7 @@ def _selective_scan(steps, A, D, dt_bias, h0, reset, lengths, *, discretization,
     h0 = layout.rows(h0)
     if T == 0:
         return jnp.zeros(shape, dtype), layout.state(h0)
-    chunk, block = _chunk_sizes(T)
+    chunk, block = _chunk_sizes(T, layout.N)
     o = Options(discretization, softplus, conj_sym, reverse, method, chunk, block)
     padding = 0 if method == "sequential" else -T % block
     steps = jax.tree.map(
@@ -267,59 +271,89 @@ def _update(steps, A, D, dt_bias, state, *, discretization, softplus, conj_sym):
     return y.reshape(steps.u.shape), layout.state(h)
 
 
-def _run(o: Options, *args) -> Any:
+def _run(o: Options, steps: Steps, weights: Weights, masks: Masks, h0) -> Any:
     if o.method == "sequential":
-        return runs.sequential(o, *args)
+        return runs.sequential(o, steps, weights, masks, h0)
     if o.method == "associative":
-        return runs.forward_associative(o, *args)[:2]
-    return _streamed(o, *args)
+        return runs.forward_associative(o, steps, weights, masks, h0)[:2]
+    return _streamed(o, (steps, weights, h0), masks)
 
 
-def _by_platform(o: Options, cpu, default, *args):
-    if o.method == "blocked":
-        return cpu(o, *args)
-    return lax.platform_dependent(*args, cpu=partial(cpu, o), default=partial(default, o))
+def _blocked_forward(*args, o: Options):
+    _refuse_cpu(o)
+    return runs.forward_blocked(o, *args)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _streamed(o: Options, steps, weights, masks, h0):
-    def parallel(o, *args):
-        return runs.forward_associative(o, *args)[:2]
-
-    return _by_platform(o, runs.sequential, parallel, steps, weights, masks, h0)
+def _blocked_backward(*args, o: Options):
+    return runs.backward_blocked(o, *args)
 
 
-def _streamed_forward(o: Options, steps, weights, masks, h0):
-    forward = (runs.forward_blocked, runs.forward_associative)
-    y, h, starts = _by_platform(o, *forward, steps, weights, masks, h0)
-    return (y, h), (steps, weights, masks, starts)
+def _parallel_forward(*args, o: Options):
+    return runs.forward_associative(o, *args)
 
 
-def _streamed_backward(o: Options, residuals, cotangents):
-    dsteps, dweights, dh = _backward(o, *residuals, *cotangents)
-    return dsteps, dweights, None, dh
+def _parallel_backward(*args, o: Options):
+    return runs.backward_associative(o, *args)
 
 
-_streamed.defvjp(_streamed_forward, _streamed_backward)
+def _refuse_cpu(o: Options) -> None:
+    if o.method == "pallas":
+        raise ValueError('method="pallas": there are kernels for TPU and NVIDIA GPU, none for CPU; use method="auto"')
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _backward(o: Options, steps, weights, masks, starts, dy, dh):
-    """The streamed backward pass; its own derivatives are those of the plain one, in any mode and order."""
-    backward = (runs.backward_blocked, runs.backward_associative)
-    return _by_platform(o, *backward, steps, weights, masks, starts, dy, dh)
+def _kernels(platform: str, o: Options, steps: Steps, weights: Weights, h0) -> Any:
+    """The module of kernels for a platform, or None where its block rules do not fit."""
+    kernels = importlib.import_module(f".pallas.{platform}", __package__)
+    if _selective_kernels.fits(kernels, o, steps, weights, h0):
+        return kernels
+    if o.method == "pallas":
+        raise ValueError(
+            f'method="pallas": the {platform} kernel takes float32 or bfloat16 values with real A of shape (D, N), '
+            f"N <= 32 (and D >= 512 on TPU), one group, no dt_A; got A {weights.A.dtype}{list(weights.A.mT.shape)}"
+        )
+    return None
 
 
-@_backward.defjvp
-def _backward_jvp(o: Options, primals, tangents):
-    masks = primals[2]
+def _kernel_forward(platform: str, steps, weights, masks, h0, *, o: Options):
+    kernels = _kernels(platform, o, steps, weights, h0)
+    if kernels is None:
+        return runs.forward_associative(o, steps, weights, masks, h0)
+    return _selective_kernels.forward(kernels, o, steps, weights, masks, h0)
 
-    def plain(steps, weights, starts, dy, dh):
-        def forward(steps, weights, h0):
-            return runs.forward_blocked(o, steps, weights, masks, h0)[:2]
 
-        h0 = starts[-1 if o.reverse else 0]
-        return jax.vjp(forward, steps, weights, h0)[1]((dy, dh))
+def _kernel_backward(platform: str, steps, weights, masks, starts, dy, dh, *, o: Options):
+    kernels = _kernels(platform, o, steps, weights, dh)
+    if kernels is None:
+        return runs.backward_associative(o, steps, weights, masks, starts, dy, dh)
+    return _selective_kernels.backward(kernels, o, steps, weights, masks, starts, dy, dh)
 
-    differentiable = [0, 1, 3, 4, 5]
-    return jax.jvp(plain, [primals[i] for i in differentiable], [tangents[i] for i in differentiable])
+
+_forward_by_platform = platform_primitive(
+    "selective_scan", _parallel_forward,
+    cpu=_blocked_forward, cuda=partial(_kernel_forward, "gpu"), tpu=partial(_kernel_forward, "tpu"),
+)  # fmt: skip
+_backward_by_platform = platform_primitive(
+    "selective_scan_backward", _parallel_backward,
+    cpu=_blocked_backward, cuda=partial(_kernel_backward, "gpu"), tpu=partial(_kernel_backward, "tpu"),
+)  # fmt: skip
+
+
+def _forward(o: Options, values, masks: Masks):
+    run = partial(_blocked_forward, o=o) if o.method == "blocked" else partial(_forward_by_platform, o=o)
+    steps, weights, h0 = values
+    y, h, starts = run(steps, weights, masks, h0)
+    return (y, h), starts
+
+
+def _backward(o: Options, values, masks: Masks, starts, cotangents):
+    run = partial(_blocked_backward, o=o) if o.method == "blocked" else partial(_backward_by_platform, o=o)
+    steps, weights, _ = values
+    return run(steps, weights, masks, starts, *cotangents)
+
+
+def _plain(o: Options, values, masks: Masks):
+    steps, weights, h0 = values
+    return runs.forward_blocked(o, steps, weights, masks, h0)[:2]
+
+
+_streamed = recomputed(_forward, _backward, _plain)
