@@ -1,7 +1,6 @@
 """Float64 loops for the state-space dual scan."""
 
 import numpy as np
-
 from oracles.selective import silu, softplus
 
 

@@ -158,7 +158,7 @@ def test_pallas_lowers_to_the_kernel(platform):
 @pytest.mark.parametrize("discretization", ["mamba", "zoh"])
 def test_the_selective_kernels_stand_in_for_the_plain_form(kernels, reverse, discretization):
     """Bias, softplus, gate, feedthrough, lengths and resets around the kernels, values and cotangents."""
-    T, chunk = 32, 16
+    T, chunk = 16, 8
     names = ("selective_scan_forward", "selective_scan_backward")
     run = types.SimpleNamespace(**{name: partial(getattr(kernels, name), interpret=True) for name in names})
     run.selective_scan_fits = kernels.selective_scan_fits
@@ -168,7 +168,7 @@ def test_the_selective_kernels_stand_in_for_the_plain_form(kernels, reverse, dis
     u, dt, z = flat
     steps = Steps(u, dt, None, *vectors, z)
     weights = Weights(-jnp.exp(noise(N, WIDTH)), noise(WIDTH), noise(WIDTH, seed=7))
-    masks = Masks(jnp.arange(T)[:, None] < jnp.array([T, 19]), jnp.zeros((T, BATCH), bool).at[5, 1].set(True))
+    masks = Masks(jnp.arange(T)[:, None] < jnp.array([T, 11]), jnp.zeros((T, BATCH), bool).at[5, 1].set(True))
     h0 = noise(BATCH, N, WIDTH, seed=8)
     assert _selective_kernels.fits(kernels, options, steps, weights, h0)
     expected = _selective_runs.forward_blocked(options, steps, weights, masks, h0)
