@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.test_util import check_grads
-
 from oracles.convolution import depthwise, long_convolution
+
 from spyx.ops.convolution import _fast_length, causal_conv1d, causal_conv1d_update, fft_conv
 
 CLOSE = {"rtol": 2e-6, "atol": 2e-6}

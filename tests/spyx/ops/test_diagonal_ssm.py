@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.test_util import check_grads
-
 from oracles.scan import diagonal_ssm as oracle
 from oracles.scan import directional
+
 from spyx.ops import diagonal_ssm, diagonal_ssm_step
 
 METHODS = ("sequential", "blocked", "associative")

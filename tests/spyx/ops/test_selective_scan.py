@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from oracles.selective import selective_scan as oracle
+
 from spyx.ops.selective import selective_scan, selective_state_update
 
 METHODS = ("sequential", "blocked", "associative")

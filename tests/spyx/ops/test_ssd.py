@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from oracles.ssd import ssd as oracle
+
 from spyx.ops.ssd import ssd, ssd_state_update
 
 

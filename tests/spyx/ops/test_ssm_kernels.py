@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.test_util import check_grads
-
 from oracles.convolution import cauchy, vandermonde
+
 from spyx.ops.ssm_kernels import cauchy_kernel, vandermonde_kernel
 
 
