@@ -106,7 +106,8 @@ def diagonal_ssm_step(
 ):
     """One step of `diagonal_ssm`: `(y, h_new)` from one input (B, H) and the state (B, N).
 
-    Arguments, dtypes and errors are those of `diagonal_ssm`, without the time axis.
+    Arguments, dtypes and errors are those of `diagonal_ssm`, without the time axis; but the state keeps its
+    dtype (a real one becomes complex if the system is), so that it can be the carry of a scan.
     """
     u, h, lam, B, C = (jnp.asarray(v) for v in (u, h, lam, B, C))
     D = None if D is None else jnp.asarray(D)
@@ -249,10 +250,10 @@ _recomputed = recomputed(_forward, _adjoint, _plain)
 
 @partial(jax.jit, static_argnames=("conj_sym", "precision"))
 def _step(u, h, lam, B, C, D, *, conj_sym, precision):
-    out_dtype = u.dtype
+    out_dtype, kept = u.dtype, h.dtype
     u, h, lam, B, C, D = _cast(state_dtype(u, lam, B, C, D, h), u, h, lam, B, C, D)
     h = lam * h + _project(u, B, precision)
     y = _read_out(h, C, conj_sym, precision)
     if D is not None:
         y = y + _feed_through(u, D, precision)
-    return y.astype(out_dtype), h
+    return y.astype(out_dtype), h.astype(jnp.result_type(kept, jnp.complex64) if jnp.iscomplexobj(h) else kept)

@@ -283,3 +283,18 @@ def test_bad_inputs(cls, kwargs):
 def test_bad_lru_ranges(kwargs):
     with pytest.raises(ValueError, match="LRU"):
         make(LRU, **kwargs)
+
+
+@pytest.mark.parametrize(("cls", "kwargs"), STABLE[::5])
+def test_a_cache_keeps_its_dtypes_so_that_steps_can_be_scanned(cls, kwargs):
+    with jax.enable_x64(True):
+        layer = make(cls, **kwargs, param_dtype=jnp.float32)
+        x = noise(5, 2, 3, dtype=jnp.float64)
+
+        def step(cache, x_t):
+            y, cache = layer.step(x_t, cache)
+            return cache, y
+
+        _, y = jax.lax.scan(step, layer.allocate_inference_cache(2), x)
+        assert y.dtype == jnp.float64
+        np.testing.assert_allclose(jnp.swapaxes(y, 0, 1), layer(jnp.swapaxes(x, 0, 1)), atol=2e-6)
