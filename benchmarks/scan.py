@@ -74,9 +74,10 @@ def measure(family: str, shape: tuple[int, ...], rounds: int, upstream: str, nam
         rows = [{"family": family, "shape": shape, "name": w.name, **w.ask(prepare=case)} for w in workers]
         running = [(row, worker) for row, worker in zip(rows, workers, strict=True) if "error" not in row]
         for kind in ("forward", "both"):
-            times: dict[str, list[float]] = {worker.name: [] for _, worker in running}
+            able = [(row, worker) for row, worker in running if kind in row["kinds"]]
+            times: dict[str, list[float]] = {worker.name: [] for _, worker in able}
             for round_ in range(rounds + 1):
-                for row, worker in running:
+                for row, worker in able:
                     if times[worker.name] and times[worker.name][0] > SLOW_SECONDS:
                         continue
                     answer = worker.ask(run=kind)
@@ -85,7 +86,9 @@ def measure(family: str, shape: tuple[int, ...], rounds: int, upstream: str, nam
                     elif round_:
                         times[worker.name].append(answer["seconds"])
             running = [(row, worker) for row, worker in running if "error" not in row]
-            for row, worker in running:
+            for row, worker in able:
+                if "error" in row:
+                    continue
                 row[f"{kind}_s"] = statistics.median(times[worker.name])
         for row, worker in running:
             answer = worker.ask(rss=True)
@@ -121,7 +124,10 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
             continue
         cells = [f"{row['name']:14}"]
         for kind in ("forward_s", "both_s"):
-            cells += [f"{row[kind] * 1e3:8.2f} ms", f"{row[kind] / ours[kind]:8.2f}"]
+            if kind in row:
+                cells += [f"{row[kind] * 1e3:8.2f} ms", f"{row[kind] / ours[kind]:8.2f}"]
+            else:
+                cells.append(f"{'-':>11}{'-':>8}")
         for fact, width in (("forward_temp_bytes", 10), ("both_temp_bytes", 13), ("peak_rss_bytes", 9)):
             value = row.get(fact)
             cells.append(f"{'-' if value is None else f'{value / 1e6:.1f}':>{width}}")

@@ -30,7 +30,7 @@ def main() -> None:
             case = command["prepare"]
             try:
                 prepared = CONTESTANTS[case["family"]][sys.argv[1]](case)
-                answer = dict(prepared.facts)
+                answer = {"kinds": list(prepared.run), **prepared.facts}
             except Exception as err:
                 answer = {"error": f"{type(err).__name__}: {err}"}
             before = peak_rss()
