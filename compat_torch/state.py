@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.core import Tracer
 from jax.typing import DTypeLike
 
-from spyx.ops.dtypes import x64_enabled
+from spyx.ops.dtypes import to_complex, x64_enabled
 
 from . import interop
+from .core.variables import Buffer
 from .errors import CheckpointError, StateDictMismatchError
+
+# Flax's name of a leaf: torch's name, and whether the axes are reversed
+# (Linear (in, out) <-> (out, in), Conv (K, in / groups, out) <-> (out, in / groups, K)).
+_FLAX_LEAVES = {"kernel": ("weight", True), "scale": ("weight", False), "embedding": ("weight", False)}
 
 
 class IncompatibleKeys(NamedTuple):
@@ -24,30 +31,93 @@ class IncompatibleKeys(NamedTuple):
     unexpected_keys: list[str]
 
 
-def named_variables(module: nnx.Module, prefix: str = "") -> Iterator[tuple[str, nnx.Variable]]:
-    """Every parameter of the module under each of its dotted names, in order of definition."""
+@dataclass(frozen=True)
+class Entry:
+    """One name of a state_dict and the variable behind it.
+
+    Attributes:
+        name: dotted, the reference's.
+        variable: holds the value, possibly abstract.
+        reversed_axes: the reference stores it with all axes in reverse order.
+    """
+
+    name: str
+    variable: nnx.Variable
+    reversed_axes: bool
+
+    @classmethod
+    def at(cls, path: tuple[str, ...], variable: nnx.Variable) -> Entry:
+        leaf, reversed_axes = _FLAX_LEAVES.get(path[-1], (path[-1], False))
+        return cls(".".join((*path[:-1], leaf)), variable, reversed_axes)
+
+    @property
+    def is_complex(self) -> bool:
+        """The reference's tensor is complex: here a trailing axis (re, im)."""
+        return self.variable.get_metadata().get("is_complex", False)
+
+    def read(self) -> jax.Array:
+        """The value as the reference stores it."""
+        value = self.variable[...]
+        if self.is_complex:
+            return to_complex(value[..., 0], value[..., 1])
+        return value.T if self.reversed_axes else value
+
+    def write(self, array: np.ndarray | jax.Array, dtype: DTypeLike | None) -> None:
+        """Take over a value as the reference stores it."""
+        if self.is_complex:
+            array = jnp.stack([jnp.real(array), jnp.imag(array)], -1)
+        elif self.reversed_axes:
+            array = array.T
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            dtype = self.variable.get_value().dtype
+        self.variable.set_value(jnp.array(array, dtype=dtype, copy=not isinstance(array, jax.Array)))
+
+    @property
+    def expected(self) -> jax.ShapeDtypeStruct:
+        """Shape and dtype as the reference stores it."""
+        value = self.variable.get_value()
+        if self.is_complex:
+            return jax.ShapeDtypeStruct(value.shape[:-1], jnp.result_type(value.dtype, jnp.complex64))
+        return jax.ShapeDtypeStruct(value.shape[::-1] if self.reversed_axes else value.shape, value.dtype)
+
+    def misfit(self, array: Any) -> str | None:
+        """Why `array` cannot be loaded, or None."""
+        expected = self.expected
+        kinds = (jnp.floating, jnp.complexfloating, jnp.integer, jnp.bool_)
+        same_kind = any(jnp.issubdtype(array.dtype, k) and jnp.issubdtype(expected.dtype, k) for k in kinds)
+        if array.shape == expected.shape and same_kind:
+            return None
+        return f"{self.name}: expected {_describe(expected)}, got {_describe(array)}"
+
+
+def entries(module: nnx.Module, path: tuple[str, ...] = ()) -> Iterator[Entry]:
+    """Every parameter and buffer of the module under each of its names, in order of definition."""
     for name, value in vars(module).items():
         if name.startswith("_"):
             continue
-        if isinstance(value, nnx.Variable):
-            yield prefix + name, value
+        if isinstance(value, nnx.Param | Buffer):
+            yield Entry.at((*path, name), value)
         elif isinstance(value, nnx.Module):
-            yield from named_variables(value, f"{prefix}{name}.")
+            yield from entries(value, (*path, name))
 
 
 def state_dict(module: nnx.Module) -> dict[str, jax.Array]:
-    """The parameters by name, as they are: of a gradient tree (as `nnx.grad` returns for the module) too.
+    """The parameters and buffers by name, as they are: of a gradient tree (as `nnx.grad` returns) too.
 
     Args:
-        module: a module of compat_torch, or an `nnx.State` with the same paths.
+        module: a module of compat_torch, or an `nnx.State` with the same paths (in which a parameter
+            that has several names is found under the first).
 
     Returns:
-        Names and shapes of the reference's `state_dict()`; arrays, not copies.
+        Names, shapes and kinds of dtype of the reference's `state_dict()`; a tensor tied under several
+        names is under each of them.
     """
     if isinstance(module, nnx.State):
         flat = nnx.to_flat_state(module)
-        return {".".join(map(str, path)): variable[...] for path, variable in flat}
-    return {name: variable[...] for name, variable in named_variables(module)}
+        found = (Entry.at(tuple(map(str, path)), variable) for path, variable in flat)
+    else:
+        found = entries(module)
+    return {entry.name: entry.read() for entry in found}
 
 
 def load_state_dict(
@@ -61,31 +131,40 @@ def load_state_dict(
 
     Args:
         module: a module of compat_torch; its parameters may be abstract (from `nnx.eval_shape`).
-        state_dict: name -> array (JAX, NumPy or torch), names and shapes as in the reference.
+        state_dict: name -> array (JAX, NumPy or torch), names and shapes as in the reference. Of a parameter
+            with several names one is enough.
         strict: raise for missing and unexpected names; otherwise they are left as they are and returned.
-        dtype: of the parameters; None adopts the dtype of each array.
+        dtype: of the floating point parameters; None adopts the dtype of each array.
 
     Returns:
         The missing and unexpected names (both empty when strict).
 
     Raises:
-        StateDictMismatchError: names (when strict), shapes or kinds of dtype differ; it lists all of them.
+        StateDictMismatchError: names (when strict), shapes or kinds of dtype differ, or two names of one
+            parameter have different values; it lists all of them.
         CheckpointError: float64 values while jax_enable_x64 is off, and no `dtype` that says otherwise.
     """
-    variables = dict(named_variables(module))
-    missing = [name for name in variables if name not in state_dict]
-    unexpected = [name for name in state_dict if name not in variables]
-    arrays = {name: _as_array(name, state_dict[name], dtype) for name in variables if name in state_dict}
-    mismatched = [
-        f"{name}: expected {_describe(variables[name].get_value())}, got {_describe(array)}"
-        for name, array in arrays.items()
-        if array.shape != variables[name].shape or not jnp.issubdtype(array.dtype, jnp.floating)
-    ]
+    known = list(entries(module))
+    given = {id(entry.variable) for entry in known if entry.name in state_dict}
+    missing = [entry.name for entry in known if id(entry.variable) not in given]
+    names = {entry.name for entry in known}
+    unexpected = [name for name in state_dict if name not in names]
+    loads: dict[int, tuple[Entry, Any]] = {}
+    mismatched = []
+    for entry in known:
+        if entry.name not in state_dict:
+            continue
+        array = _as_array(entry.name, state_dict[entry.name], dtype)
+        first, value = loads.setdefault(id(entry.variable), (entry, array))
+        if problem := entry.misfit(array):
+            mismatched.append(problem)
+        elif not _equal(value, array):
+            mismatched.append(f"{entry.name} and {first.name} are one parameter, but their values differ")
     if mismatched or (strict and (missing or unexpected)):
         shown = (missing, unexpected) if strict else ((), ())
-        raise StateDictMismatchError(type(module).__name__, *shown, mismatched, known=list(variables))
-    for name, array in arrays.items():
-        variables[name].set_value(jnp.array(array, dtype=dtype, copy=not isinstance(array, jax.Array)))
+        raise StateDictMismatchError(type(module).__name__, *shown, mismatched, known=list(names))
+    for entry, array in loads.values():
+        entry.write(array, dtype)
     return IncompatibleKeys(missing, unexpected)
 
 
@@ -101,6 +180,12 @@ def _as_array(name: str, value: Any, dtype: DTypeLike | None) -> np.ndarray | ja
             'jax.config.update("jax_enable_x64", True) first, or pass dtype=jnp.float32 to round them'
         )
     return value
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if a is b or isinstance(a, Tracer) or isinstance(b, Tracer):
+        return True
+    return np.array_equal(np.asarray(a), np.asarray(b), equal_nan=bool(jnp.issubdtype(b.dtype, jnp.inexact)))
 
 
 def _describe(array: Any) -> str:

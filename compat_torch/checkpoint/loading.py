@@ -77,10 +77,8 @@ def load(
 def _build(module_class: type, arguments: dict[str, Any], tensors: Mapping[str, np.ndarray], dtype: Any) -> nnx.Module:
     from flax import nnx
 
-    from ..state import load_state_dict
-
     module = nnx.eval_shape(lambda: module_class(**arguments))
-    load_state_dict(module, tensors, strict=True, dtype=dtype)
+    module.load_state_dict(tensors, dtype=dtype)
     module.eval()
     return module
 

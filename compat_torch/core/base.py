@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
+from jaxtyping import Array, Float
 
 from .. import state
 from .discretization import Reference
@@ -25,6 +26,8 @@ class LRNN(nnx.Module):
     """
 
     reference: Reference
+    d_model: int
+    _time_axis: int = 1
 
     def __init__(
         self,
@@ -50,12 +53,41 @@ class LRNN(nnx.Module):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{self._name}: {name} must be a positive integer, got {value!r}")
 
+    def _check_choice(self, name: str, value: Any, choices: Sequence[Any]) -> None:
+        if value not in choices:
+            raise ValueError(f"{self._name}: {name} must be one of {tuple(choices)}, got {value!r}")
+
+    def _check_device(self, device: Any) -> None:
+        if device is not None and str(device) != "cpu":
+            raise ValueError(
+                f"{self._name}: device must be None or 'cpu', got {device!r}: JAX places arrays by jax.default_device, "
+                "jax.device_put or shardings"
+            )
+
+    def _input(self, x, layout: str) -> Float[Array, "..."]:
+        x = jnp.asarray(x)
+        if x.ndim != layout.count(",") + 1 or x.shape[-1] != self.d_model:
+            raise ValueError(f"{self._name} expects input {layout} with H = {self.d_model}, got shape {x.shape}")
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise TypeError(f"{self._name} expects real floating point input {layout}, got {x.dtype}")
+        return x if self.dtype is None else x.astype(self.dtype)
+
     def _param(self, value) -> nnx.Param:
         return nnx.Param(jnp.asarray(value, self.param_dtype))
 
     def forward(self, *args, **kwargs):
         """The same as calling the layer."""
         return self(*args, **kwargs)
+
+    def _advance(self, x: Float[Array, "B H"], cache: Any, timesteps: Array | None = None) -> tuple[Array, Any]:
+        """`step` on one column of the sequence."""
+        if timesteps is not None:
+            raise ValueError(f"{self._name} is time-invariant and cannot use integration_timesteps; pass None")
+        return self.step(x, cache)
+
+    def step(self, x: Any, inference_cache: Any) -> tuple[Any, Any]:
+        """One step: `(y, cache)`."""
+        raise NotImplementedError
 
     def state_dict(self) -> dict[str, jax.Array]:
         """Parameters under the reference's names and shapes; see `compat_torch.state_dict`."""

@@ -7,7 +7,9 @@ import pytest
 import torch
 from flax import nnx
 
-from compat_torch import state_dict
+from compat_torch import load_state_dict, state_dict
+from compat_torch.core.layers import depthwise_conv, linear
+from compat_torch.core.variables import Buffer
 from compat_torch.errors import CheckpointError, StateDictMismatchError
 from compat_torch.models.lti import LRU, S5
 
@@ -101,3 +103,83 @@ def test_float64_is_never_rounded_silently():
         layer.load_state_dict(weights)
         assert layer.D[...].dtype == jnp.float64
         assert float(layer.D[0, 0]) == 1 + 1e-12
+
+
+class Holder(nnx.Module):
+    """Every kind of entry: Flax layers, a list, a tied parameter, a complex one, an integer buffer."""
+
+    def __init__(self, seed=0):
+        rngs = nnx.Rngs(seed)
+        options = {"param_dtype": jnp.float32, "precision": None, "rngs": rngs}
+        self.layers = nnx.List([linear(2, 3, **options), linear(3, 2, bias=False, **options)])
+        self.conv1d = depthwise_conv(3, 4, **options)
+        self.norm = nnx.RMSNorm(3, rngs=rngs)
+        self.embed = nnx.Embed(5, 2, rngs=rngs)
+        self.tied = nnx.Dict(C=nnx.Param(jnp.arange(4.0)))
+        self.C = self.tied["C"]
+        self.A = nnx.Param(jax.random.normal(rngs.params(), (2, 2)), is_complex=True)
+        self.l_kernel = Buffer(jnp.asarray(7, jnp.int32))
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+
+def holder_dict():
+    return {name: np.array(value) for name, value in state_dict(Holder(1)).items()}
+
+
+def test_flax_layers_have_torchs_names_and_layouts():
+    module = Holder()
+    names = state_dict(module)
+    assert {name: value.shape for name, value in names.items()} == {
+        "layers.0.weight": (3, 2), "layers.0.bias": (3,), "layers.1.weight": (2, 3), "conv1d.weight": (3, 1, 4),
+        "conv1d.bias": (3,), "norm.weight": (3,), "embed.weight": (5, 2), "tied.C": (4,), "C": (4,), "A": (2,),
+        "l_kernel": (),
+    }  # fmt: skip
+    assert names["A"].dtype == jnp.complex64
+    np.testing.assert_array_equal(names["A"], module.A[..., 0] + 1j * module.A[..., 1])
+    dense = torch.nn.Linear(2, 3)
+    load_state_dict(module, {"layers.0.weight": dense.weight, "layers.0.bias": dense.bias}, strict=False)
+    x = noise_like((4, 2))
+    np.testing.assert_allclose(module.layers[0](x), dense(torch.from_numpy(x)).detach(), atol=1e-6)
+
+
+def noise_like(shape):
+    return np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+
+
+def test_every_kind_of_entry_round_trips():
+    target, weights = nnx.eval_shape(Holder), holder_dict()
+    weights["l_kernel"] = np.int64(9)
+    assert load_state_dict(target, weights) == ([], [])
+    for name, value in state_dict(target).items():
+        np.testing.assert_array_equal(value, weights[name])
+    assert target.l_kernel[...].dtype == jnp.int32
+    assert target.C is target.tied["C"]
+
+
+def test_of_a_tied_parameter_one_name_is_enough_and_unequal_copies_raise():
+    weights = holder_dict()
+    del weights["tied.C"]
+    target = Holder()
+    load_state_dict(target, {**weights, "C": weights["C"] + 1})
+    np.testing.assert_array_equal(target.tied["C"][...], weights["C"] + 1)
+    with pytest.raises(StateDictMismatchError, match=r"C and tied\.C are one parameter, but their values differ"):
+        load_state_dict(target, {**weights, "tied.C": weights["C"] + 2})
+    np.testing.assert_array_equal(target.C[...], weights["C"] + 1)
+    del weights["C"]
+    with pytest.raises(StateDictMismatchError, match=r"missing: tied\.C\n.*missing: C"):
+        load_state_dict(target, weights)
+
+
+def test_kinds_of_dtype_are_kept():
+    weights = holder_dict()
+    for name, wrong in (("A", np.ones(2, np.float32)), ("l_kernel", np.float32(3)), ("C", np.ones(4, np.complex64))):
+        with pytest.raises(StateDictMismatchError, match=f"mismatched: {name}: expected"):
+            load_state_dict(Holder(), {**weights, name: wrong})
+
+
+def test_a_gradient_tree_has_the_same_layouts():
+    grads = nnx.grad(lambda m: jnp.sum(jnp.sin(m.layers[0].kernel[...])) + jnp.sum(m.C[...]))(Holder())
+    named = state_dict(grads)
+    np.testing.assert_allclose(named["layers.0.weight"], jnp.cos(Holder().layers[0].kernel[...]).T, atol=1e-6)
+    assert ("C" in named) != ("tied.C" in named)
+    assert named["A"].dtype == jnp.complex64

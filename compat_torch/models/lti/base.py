@@ -25,7 +25,6 @@ class LTI_LRNN(LRNN):
 
     _cache_names: ClassVar[tuple[str, str, str]] = ("A_bar", "B_bar", "C_complex")
 
-    d_model: int
     d_state: int
     conj_sym: bool = False
 
@@ -40,14 +39,6 @@ class LTI_LRNN(LRNN):
     @property
     def _n_states(self) -> int:
         return self.d_state // 2 if self.conj_sym else self.d_state
-
-    def _input(self, x, layout: str) -> Float[Array, "..."]:
-        x = jnp.asarray(x)
-        if x.ndim != layout.count(",") + 1 or x.shape[-1] != self.d_model:
-            raise ValueError(f"{self._name} expects input {layout} with H = {self.d_model}, got shape {x.shape}")
-        if not jnp.issubdtype(x.dtype, jnp.floating):
-            raise TypeError(f"{self._name} expects real floating point input {layout}, got {x.dtype}")
-        return x if self.dtype is None else x.astype(self.dtype)
 
     def _check_cache(self, cache: Cache, batch: int) -> None:
         wanted = {"lrnn_state", *self._cache_names}
