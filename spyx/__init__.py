@@ -1,4 +1,4 @@
-"""State-space layers and linear recurrences in JAX / Flax NNX, time-major (T, B, D)."""
+"""State-space layers, spiking neurons and linear recurrences in JAX / Flax NNX, time-major (T, B, D)."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 from ._version import __version__
 
 if TYPE_CHECKING:
-    from . import ops, ssm
+    from . import axn, nn, ops, phasor, quant, ssm
 
-__all__ = ["__version__", "ops", "ssm"]
+__all__ = ["__version__", "axn", "nn", "ops", "phasor", "quant", "ssm"]
 
 
 def _refuse_upstream() -> None:
@@ -31,7 +31,7 @@ _refuse_upstream()
 
 
 def __getattr__(name: str):
-    if name in ("ops", "ssm"):
+    if name in __all__:
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
