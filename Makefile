@@ -18,7 +18,7 @@ export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.2
 
 .DELETE_ON_ERROR:
-.PHONY: help parity test test-full live bench check lint types imports format clean
+.PHONY: help parity test test-full live bench bench-layers check lint types imports format clean
 
 help:
 	@echo "make parity     compare with the stored references; ARGS='-k zoh --json report.json'"
@@ -26,6 +26,7 @@ help:
 	@echo "make test-full  the tests with their wide matrices"
 	@echo "make live       compare with an installed lrnnx, in its own environment $(LIVE)"
 	@echo "make bench      time and memory next to spyx 1.0.0, lrnnx, transformers, mambapy; ARGS='--families lti'"
+	@echo "make bench-layers  the classes of compat_torch next to lrnnx's; ARGS='--classes Mamba'"
 	@echo "make check      lint, types and import rules"
 	@echo "make clean      remove environments and caches"
 
@@ -43,6 +44,9 @@ live: $(LIVE)/.live
 
 bench: $(BENCH)/.bench
 	$(BENCH)/bin/python benchmarks/scan.py --upstream $(BENCH)/upstream --lengths $(ARGS)
+
+bench-layers: $(BENCH)/.bench
+	$(BENCH)/bin/python benchmarks/layers.py $(ARGS)
 
 check: lint types imports
 

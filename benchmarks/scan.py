@@ -66,14 +66,21 @@ class Worker:
         self.process.wait()
 
 
-def measure(family: str, shape: tuple[int, ...], rounds: int, upstream: str, names: list[str]) -> list[dict[str, Any]]:
+def measure(
+    family: str,
+    shape: tuple[int, ...],
+    rounds: int,
+    upstream: str,
+    names: list[str],
+    kinds: tuple[str, ...] = ("forward", "both"),
+) -> list[dict[str, Any]]:
     """One row a contestant: seconds by kind (median), facts, peak memory."""
     case = {"family": family, "shape": shape, "seed": 0}
     workers = [Worker(name, upstream) for name in names]
     try:
         rows = [{"family": family, "shape": shape, "name": w.name, **w.ask(prepare=case)} for w in workers]
         running = [(row, worker) for row, worker in zip(rows, workers, strict=True) if "error" not in row]
-        for kind in ("forward", "both"):
+        for kind in kinds:
             able = [(row, worker) for row, worker in running if kind in row["kinds"]]
             times: dict[str, list[float]] = {worker.name: [] for _, worker in able}
             for round_ in range(rounds + 1):
@@ -99,13 +106,13 @@ def measure(family: str, shape: tuple[int, ...], rounds: int, upstream: str, nam
             worker.close()
 
 
-def best_threads(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def best_threads(rows: list[dict[str, Any]], kinds: tuple[str, ...] = ("forward", "both")) -> list[dict[str, Any]]:
     """PyTorch rows at the thread count that was faster for each kind."""
     merged: dict[str, dict[str, Any]] = {}
     for row in rows:
         name = row["name"].split("@")[0]
         kept = merged.setdefault(name, {**row, "name": name})
-        for kind in ("forward_s", "both_s"):
+        for kind in (f"{kind}_s" for kind in kinds):
             if kind in row:
                 kept[kind] = min(row[kind], kept.get(kind, float("inf")))
     return list(merged.values())

@@ -22,14 +22,16 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     from contestants import CONTESTANTS
+    from layer_contestants import LAYER_CONTESTANTS
 
+    families = {**CONTESTANTS, **LAYER_CONTESTANTS}
     prepared, before = None, 0
     for line in sys.stdin:
         command = json.loads(line)
         if "prepare" in command:
             case = command["prepare"]
             try:
-                prepared = CONTESTANTS[case["family"]][sys.argv[1]](case)
+                prepared = families[case["family"]][sys.argv[1]](case)
                 answer = {"kinds": list(prepared.run), **prepared.facts}
             except Exception as err:
                 answer = {"error": f"{type(err).__name__}: {err}"}
