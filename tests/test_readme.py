@@ -1,4 +1,4 @@
-"""The examples of the README run as they stand."""
+"""The examples of the README and of docs/ run as they stand."""
 
 import re
 from pathlib import Path
@@ -6,7 +6,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCKS = [
+    pytest.param(block, id=f"{page.name}: {block.splitlines()[0]}")
+    for page in PAGES
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+]
 
 
 @pytest.fixture
@@ -19,7 +24,7 @@ def checkpoint(tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("checkpoint")
-@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.split("\n")[0])
+@pytest.mark.parametrize("block", BLOCKS)
 def test_example(block):
     names: dict = {}
     exec(compile(block, "README.md", "exec"), names)
@@ -27,7 +32,7 @@ def test_example(block):
         names["torch"].testing.assert_close(names["y_t"], names["y"][:, -1])
 
 
-def test_files_that_it_names_exist():
-    text = (ROOT / "README.md").read_text()
-    for link in re.findall(r"\]\((?!http)([^)#]+)\)", text):
-        assert (ROOT / link).exists(), link
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_it_names_exist(page):
+    for link in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text()):
+        assert (page.parent / link).exists(), link
