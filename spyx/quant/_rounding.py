@@ -1,0 +1,107 @@
+"""Weights and inputs rounded with qwix."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from ._rules import require_qwix
+
+Mode = Literal["qat", "ptq"]
+
+
+@functools.cache
+def training_provider() -> type:
+    """qwix's provider for "qat", for any shape of input."""
+    qwix = require_qwix()
+
+    class Provider(qwix.QtProvider):
+        """qwix takes an input for the weight if it, or what unary operations made it from, has the weight's shape.
+
+        So the input gets more axes than the weight, by an operation that has several arguments.
+        """
+
+        def dot_general(self, lhs, rhs, dimension_numbers, *args, **kwargs):
+            (lhs_contracted, rhs_contracted), (lhs_batch, rhs_batch) = dimension_numbers
+            more = max(0, rhs.ndim + 1 - lhs.ndim)
+            lhs = lhs.reshape((1,) * more + lhs.shape)
+            lhs = jax.lax.select_n(jnp.bool_(True), lhs, lhs)
+            contracted, batch = (tuple(a + more for a in axes) for axes in (lhs_contracted, lhs_batch))
+            dimensions = ((contracted, rhs_contracted), (batch, rhs_batch))
+            y = super().dot_general(lhs, rhs, dimensions, *args, **kwargs)
+            return jnp.squeeze(y, tuple(range(len(batch), len(batch) + more)))
+
+    return Provider
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """How an array is rounded: a scale for each index of an axis, and for each tile of another."""
+
+    qtype: DTypeLike
+    channel: int
+    tiles: tuple[tuple[int, int | float], ...]
+    method: str
+
+    @classmethod
+    def of(cls, rule: Any, channel: int, tiled: int | None = None) -> Grid:
+        tiles = () if rule.tile_size is None or tiled is None else ((tiled, rule.tile_size),)
+        return cls(rule.weight_qtype, channel, tiles, rule.weight_calibration_method)
+
+    def round(self, x: jax.Array) -> Any:
+        return require_qwix().quantize(
+            x, self.qtype, channelwise_axes=(self.channel % x.ndim,), tiled_axes=dict(self.tiles),
+            calibration_method=self.method,
+        )  # fmt: skip
+
+    def straight_through(self, x: jax.Array) -> jax.Array:
+        return x + jax.lax.stop_gradient(require_qwix().dequantize(self.round(x)) - x)
+
+
+class RoundedParam(nnx.Param):
+    """A float parameter that reads as its rounded self; gradients pass straight through."""
+
+    @classmethod
+    def of(cls, param: nnx.Variable, grid: Grid) -> RoundedParam:
+        return cls(param.get_raw_value(), **{**param.get_metadata(), "grid": grid})
+
+    def get_value(self, *, index: Any = ...):
+        return self.get_metadata("grid").straight_through(super().get_value())[index]
+
+    def unrounded(self) -> nnx.Param:
+        metadata = {name: value for name, value in self.get_metadata().items() if name != "grid"}
+        return nnx.Param(self.get_raw_value(), **metadata)
+
+
+class StoredWeight(nnx.Variable):
+    """A rounded array that reads as float."""
+
+    @classmethod
+    def of(cls, param: nnx.Variable, grid: Grid) -> StoredWeight:
+        return cls(grid.round(param.get_raw_value()), **param.get_metadata())
+
+    def get_value(self, *, index: Any = ...):
+        return require_qwix().dequantize(super().get_value())[index]
+
+
+@dataclasses.dataclass(frozen=True)
+class RoundedInput:
+    """A convolution of the rounded input."""
+
+    grid: Grid
+    convolve: Callable[..., jax.Array]
+
+    def __call__(self, lhs: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
+        return self.convolve(self.grid.straight_through(lhs), *args, **kwargs)
+
+
+def round_weight(layer: Any, name: str, grid: Grid, mode: Mode) -> None:
+    """Replace a parameter of a layer."""
+    setattr(layer, name, (RoundedParam if mode == "qat" else StoredWeight).of(getattr(layer, name), grid))
