@@ -18,15 +18,16 @@ export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.2
 
 .DELETE_ON_ERROR:
-.PHONY: help parity test test-full live bench bench-layers check lint types imports format clean
+.PHONY: help parity test test-full live bench bench-layers bench-train check lint types imports format clean
 
 help:
 	@echo "make parity     compare with the stored references; ARGS='-k zoh --json report.json'"
 	@echo "make test       the tests, in $(TEST); neither GPU nor TPU is needed"
 	@echo "make test-full  the tests with their wide matrices"
-	@echo "make live       compare with an installed lrnnx, in its own environment $(LIVE)"
+	@echo "make live       compare with an installed lrnnx and spyx 1.0.0, in an environment of their own, $(LIVE)"
 	@echo "make bench      time and memory next to spyx 1.0.0, lrnnx, transformers, mambapy; ARGS='--families lti'"
 	@echo "make bench-layers  the classes of compat_torch next to lrnnx's; ARGS='--classes Mamba'"
+	@echo "make bench-train   one training step of each layer next to spyx 1.0.0"
 	@echo "make check      lint, types and import rules"
 	@echo "make clean      remove environments and caches"
 
@@ -41,12 +42,16 @@ test-full: $(TEST)/.test
 
 live: $(LIVE)/.live
 	$(LIVE)/bin/python -m parity --live $(ARGS)
+	$(LIVE)/bin/python -m parity.live_upstream --upstream $(LIVE)/upstream
 
 bench: $(BENCH)/.bench
 	$(BENCH)/bin/python benchmarks/scan.py --upstream $(BENCH)/upstream --lengths $(ARGS)
 
 bench-layers: $(BENCH)/.bench
 	$(BENCH)/bin/python benchmarks/layers.py $(ARGS)
+
+bench-train: $(BENCH)/.bench
+	$(BENCH)/bin/python benchmarks/train_step.py --upstream $(BENCH)/upstream $(ARGS)
 
 check: lint types imports
 
@@ -92,12 +97,18 @@ define install_lrnnx
 	@$(1) $(PIP_INSTALL) --no-build-isolation --no-deps lrnnx==1.0.0.post1
 endef
 
+# Upstream spyx has the same import name: a folder of its own, never in an environment.
+define install_upstream
+	@$(1)/bin/python $(PIP_INSTALL) --no-deps --upgrade --target $(1)/upstream spyx==1.0.0
+endef
+
 $(LIVE)/.live: $(LIVE)/bin/python $(INPUTS)
 	$(call install_lrnnx,$(LIVE)/bin/python)
+	$(call install_upstream,$(LIVE))
 	@touch $@
 
 $(BENCH)/.bench: $(BENCH)/bin/python $(INPUTS)
 	$(call install_lrnnx,$(BENCH)/bin/python)
-	@$(BENCH)/bin/python $(PIP_INSTALL) transformers mambapy matplotlib
-	@$(BENCH)/bin/python $(PIP_INSTALL) --no-deps --upgrade --target $(BENCH)/upstream spyx==1.0.0
+	@$(BENCH)/bin/python $(PIP_INSTALL) transformers mambapy matplotlib optax
+	$(call install_upstream,$(BENCH))
 	@touch $@

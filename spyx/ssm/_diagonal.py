@@ -8,15 +8,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Complex, Float, Int
+from jaxtyping import Array, Complex, Float
 
 from ..ops import diagonal_ssm, diagonal_ssm_step
 from ..ops.diagonal import Precision
+from ._layer import Lengths, Reset, SequenceLayer
 
 Matrices = tuple[Complex[Array, " N"], Complex[Array, "N H"], Complex[Array, "H N"]]
 
 
-class DiagonalSSM(nnx.Module):
+class DiagonalSSM(SequenceLayer):
     """h_t = lam h_{t-1} + B u_t, y_t = Re(C h_t) + D u_t, with `_complex_matrices()` from a subclass."""
 
     def __init__(
@@ -30,14 +31,11 @@ class DiagonalSSM(nnx.Module):
         param_dtype: DTypeLike,
         precision: Precision,
     ):
-        for name, value in (("d_model", d_model), ("d_state", d_state)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{type(self).__name__}: {name} must be a positive integer, got {value!r}")
+        super().__init__(reverse=reverse, dtype=dtype)
+        self._check_sizes(d_model=d_model, d_state=d_state)
         self.d_model = d_model
         self.d_state = d_state
         self.use_skip = use_skip
-        self.reverse = reverse
-        self.dtype = dtype
         self.param_dtype = param_dtype
         self.precision = precision
 
@@ -60,15 +58,6 @@ class DiagonalSSM(nnx.Module):
         """The discrete system (lam (N,), B (N, H), C (H, N)), complex64 (complex128 for float64 parameters)."""
         raise NotImplementedError
 
-    def _input(self, u, layout: str) -> Float[Array, "*T B H"]:
-        u = jnp.asarray(u)
-        name = type(self).__name__
-        if u.ndim != layout.count(",") + 1 or u.shape[-1] != self.d_model:
-            raise ValueError(f"{name} expects {layout} with d_model={self.d_model}; got shape {u.shape}.")
-        if not jnp.issubdtype(u.dtype, jnp.floating):
-            raise TypeError(f"{name} expects real floating point input {layout}; got {u.dtype}.")
-        return u if self.dtype is None else u.astype(self.dtype)
-
     def _skip(self) -> Array | None:
         return None if self.D is None else self.D[...]
 
@@ -82,8 +71,8 @@ class DiagonalSSM(nnx.Module):
         state: Complex[Array, "B N"] | None = None,
         *,
         return_state: bool = False,
-        lengths: Int[Array, " B"] | None = None,
-        reset: Bool[Array, "T B"] | None = None,
+        lengths: Lengths = None,
+        reset: Reset = None,
     ) -> Any:
         """Run the layer over a time-major sequence.
 
@@ -93,7 +82,7 @@ class DiagonalSSM(nnx.Module):
             return_state: also return the last state computed.
             lengths: int (B,): valid steps of each row; outputs past them are 0 and the state returned
                 is the one at the last valid step.
-            reset: bool (T, B): where true the state is cleared before that step.
+            reset: bool (T,) or (T, B): where true the state is cleared before that step.
 
         Returns:
             y of shape (T, B, d_model), in `dtype` or else the dtype of `u`; with `return_state`, `(y, state)`.
@@ -101,7 +90,7 @@ class DiagonalSSM(nnx.Module):
         Raises:
             ValueError: wrong rank or width. TypeError: wrong dtype.
         """
-        u = self._input(u, "[T, B, d_model]")
+        u = self._input(u)
         lam, B, C = self._complex_matrices()
         return diagonal_ssm(
             u, lam, B, C, self._skip(), state,
@@ -117,8 +106,7 @@ class DiagonalSSM(nnx.Module):
         Raises:
             ValueError: wrong rank or width, or the layer is reversed. TypeError: wrong dtype.
         """
-        if self.reverse:
-            raise ValueError(f"{type(self).__name__} with reverse=True needs the whole sequence: it has no step.")
-        u_t = self._input(u_t, "[B, d_model]")
+        self._refuse_reversed_step()
+        u_t = self._input(u_t, step=True)
         lam, B, C = self._complex_matrices()
         return diagonal_ssm_step(u_t, state, lam, B, C, self._skip(), precision=self.precision)

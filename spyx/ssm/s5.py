@@ -55,8 +55,7 @@ class S5Diag(DiagonalSSM):
             d_model, d_state, use_skip=use_skip, reverse=reverse, dtype=dtype,
             param_dtype=param_dtype, precision=precision,
         )  # fmt: skip
-        if not 0.0 < dt_min <= dt_max:
-            raise ValueError(f"S5Diag needs 0 < dt_min <= dt_max, got dt_min={dt_min}, dt_max={dt_max}")
+        self._check_steps(dt_min, dt_max)
         k_dt, k_B, k_C, k_D = jax.random.split(rngs.params(), 4)
         half = jnp.full((d_state,), 0.5)
         self.A_re_raw = nnx.Param(jnp.log(jnp.expm1(half)).astype(param_dtype))
