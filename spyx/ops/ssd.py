@@ -7,13 +7,15 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from ._ssd_kernels import by_platform
+from ._ssd_runs import Options, Values, chunked, one_step, sequential
 from .dtypes import state_dtype
 from .scan import check_lengths, check_reset
 
-SSDMethod = Literal["auto", "sequential", "chunked"]
+SSDMethod = Literal["auto", "sequential", "chunked", "pallas"]
+_METHODS = {"auto": by_platform, "sequential": sequential, "chunked": chunked, "pallas": by_platform}
 
 
 def ssd(
@@ -49,23 +51,28 @@ def ssd(
         z: gate, shape (T, B, H, P): the output is multiplied by silu(z).
         dt_bias: added to `dt`, shape (H,).
         dt_softplus: dt = softplus(dt + dt_bias).
-        chunk: steps per block of matrix products, of cost chunk^2 in memory.
+        chunk: steps per block of matrix products, of cost chunk^2 in memory; the hand kernels have their own.
         h0: state before the first step, shape (B, H, P, N); None is zero.
         dt_limit: lower and upper bound of dt, after bias and softplus.
         reverse, reset, lengths: as in `selective_scan`; but within a chunk of one row, a non-finite valid
             input may reach every output, since masks enter the matrix products as zeros.
         return_state: also return the last state computed.
-        precision: of every matrix product, as in `jax.lax.dot`.
+        precision: of every matrix product, as in `jax.lax.dot`. The hand kernels know two: one pass of bfloat16
+            (TPU) or TF32 (GPU) for DEFAULT, and for all others float32 (TPU) or three products of TF32 parts
+            (GPU); they leave a `DotAlgorithm` to "chunked".
         method: "sequential" (lax.scan), "chunked" (matrix products inside chunks, a scan over them; the
-            backward pass saves one state per chunk), or "auto" ("chunked"). Both have every mode of
-            differentiation.
+            backward pass saves one state per chunk; both have every mode of differentiation), "pallas" (the hand
+            kernels for TPU and NVIDIA GPU, an error for what they do not take) or "auto" (the hand kernels where
+            they fit, "chunked" elsewhere and on CPU, chosen when lowered; reverse mode first, then any; nothing
+            but the arguments is kept for the backward pass).
 
     Returns:
         y of shape (T, B, H, P) in the dtype of `x`; with `return_state`, `(y, state)` with state
         (B, H, P, N), float32 or wider. T = 0 gives (empty, h0 or 0).
 
     Raises:
-        ValueError: shapes do not fit, unknown `method`, `chunk` < 1, or `dt_limit` not ascending.
+        ValueError: shapes do not fit, unknown `method`, `chunk` < 1, `dt_limit` not ascending, or, when lowered,
+            method "pallas" for what the kernels do not take.
         TypeError: values are not real floating point, `reset` is not bool, `lengths` not integer.
 
     Source: Mamba-2 (arXiv:2405.21060).
@@ -84,8 +91,10 @@ def ssd(
         check_reset(reset, steps.x.shape[:2])
     if lengths is not None:
         check_lengths(lengths, steps.x.shape)
-    o = _Options(bool(dt_softplus), tuple(map(float, dt_limit)), _hashable(precision))
-    y, state = _ssd(steps, weights, h0, reset, lengths, o=o, chunk=int(chunk), reverse=bool(reverse), method=method)
+    y, state = _ssd(
+        steps, weights, h0, reset, lengths, step=_StepSize(bool(dt_softplus), tuple(map(float, dt_limit))),
+        chunk=int(chunk), reverse=bool(reverse), precision=_resolved(precision), method=method,
+    )  # fmt: skip
     return (y, state) if return_state else y
 
 
@@ -114,14 +123,13 @@ def ssd_state_update(
     if steps.x.ndim != 3:
         raise ValueError(f"x must have shape (B, H, P), got {steps.x.shape}")
     _check(steps, weights, state, "state", dt_limit)
-    o = _Options(bool(dt_softplus), tuple(map(float, dt_limit)), _hashable(precision))
-    return _update(steps, weights, state, o=o)
+    step = _StepSize(bool(dt_softplus), tuple(map(float, dt_limit)))
+    return _update(steps, weights, state, step=step, precision=_resolved(precision))
 
 
-class _Options(NamedTuple):
+class _StepSize(NamedTuple):
     softplus: bool
-    dt_limit: tuple[float, ...]
-    precision: Any
+    limit: tuple[float, ...]
 
 
 class _Steps(NamedTuple):
@@ -142,7 +150,10 @@ def _arrays(*values) -> tuple[Any, ...]:
     return tuple(None if v is None else jnp.asarray(v) for v in values)
 
 
-def _hashable(precision):
+def _resolved(precision):
+    """Hashable, and the ambient one for None: what is lowered later does not see the context of the call."""
+    if precision is None:
+        return jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
     return tuple(precision) if isinstance(precision, list) else precision
 
 
@@ -178,69 +189,31 @@ def _masked(v, valid):
     return v if valid is None else jnp.where(valid.reshape(valid.shape + (1,) * (v.ndim - valid.ndim)), v, 0)
 
 
-def _prepare(o: _Options, steps: _Steps, weights: _Weights, valid):
-    """x (..., B, G, R, P), dt (..., B, G, R), B and C (..., B, G, N), masked; R heads per group."""
-    dtype = weights.A.dtype
-    x, dt, B, C = (_masked(v, valid).astype(dtype) for v in steps[:4])
-    if weights.dt_bias is not None:
-        dt = dt + weights.dt_bias
-    if o.softplus:
+@partial(jax.checkpoint, static_argnums=0)
+def _step_size(step: _StepSize, dt, dt_bias, A, valid):
+    """dt after bias, softplus and bounds; 0 where not valid."""
+    dt = _masked(dt, valid).astype(A.dtype)
+    if dt_bias is not None:
+        dt = dt + dt_bias
+    if step.softplus:
         dt = jax.nn.softplus(dt)
-    dt = _masked(jnp.clip(dt, *o.dt_limit), valid)
-    heads = (*dt.shape[:-1], B.shape[-2], -1)
-    return x.reshape(*heads, x.shape[-1]), dt.reshape(heads), B, C
+    return _masked(jnp.clip(dt, *step.limit), valid)
 
 
-def _finish(y, x, steps: _Steps, weights: _Weights, valid):
-    y, x = y.reshape(steps.x.shape), x.reshape(steps.x.shape)
-    if weights.D is not None:
-        y = y + (weights.D if weights.D.ndim == 2 else weights.D[:, None]) * x
-    y = _masked(y, valid)
-    if steps.z is not None:
-        y = y * jax.nn.silu(_masked(steps.z, valid).astype(y.dtype))
-    return y.astype(steps.x.dtype)
+@jax.checkpoint
+def _finish(y, x, D, z, valid):
+    """Feedthrough and gate, in the dtype of x."""
+    if D is not None:
+        y = y + (D if D.ndim == 2 else D[:, None]) * x
+    if z is not None:
+        y = y * jax.nn.silu(_masked(z, valid).astype(y.dtype))
+    return _masked(y, valid).astype(x.dtype)
 
 
-def _step(o: _Options, weights: _Weights, h, inputs):
-    """`(h, y)` after one step from the state h (B, G, R, P, N)."""
-    steps, valid, reset = inputs
-    x, dt, B, C = _prepare(o, steps, weights, valid)
-    if reset is not None:
-        h = jnp.where(reset[:, None, None, None, None], 0, h)
-    decay = jnp.exp(dt * weights.A.reshape(dt.shape[-2:]))
-    h = decay[..., None, None] * h + (dt[..., None] * x)[..., None] * B[:, :, None, None]
-    y = jnp.einsum("bgrpn,bgn->bgrp", h, C, precision=o.precision)
-    return h, _finish(y, x, steps, weights, valid)
-
-
-def _chunk(o: _Options, weights: _Weights, h, inputs):
-    """`_step` for L steps at once: pairs of steps by an (L, L) matrix per head, the state before by its decay."""
-    steps, valid, reset = inputs
-    x, dt, B, C = _prepare(o, steps, weights, valid)
-    dot = partial(jnp.einsum, precision=o.precision)
-    rate = dt * weights.A.reshape(dt.shape[-2:])
-    L = rate.shape[0]
-    step = jnp.arange(L)
-    later = (step[:, None] > step)[..., None, None, None]
-    between = jnp.cumsum(jnp.where(later, rate[:, None], 0), axis=0)
-    reaches = (step[:, None] >= step)[..., None, None, None]
-    fresh = None
-    if reset is not None:
-        count = jnp.cumsum(reset, axis=0)
-        reaches = reaches & (count[:, None] == count)[..., None, None]
-        fresh = (count == 0)[..., None, None, None]
-    decay = jnp.exp(jnp.where(reaches, between, -jnp.inf))
-    driven = dt[..., None] * x
-    pairs = dot("ibgn,jbgn->ijbg", C, B)[..., None] * decay
-    y = dot("ijbgr,jbgrp->ibgrp", pairs, driven)
-    since = jnp.exp(jnp.cumsum(rate, axis=0))
-    before = since[..., None] * dot("ibgn,bgrpn->ibgrp", C, h)
-    kept = since[-1][..., None, None] * h
-    if fresh is not None:
-        before = jnp.where(fresh, before, 0)
-        kept = jnp.where(fresh[-1][..., None], kept, 0)
-    h = kept + dot("jbgrp,jbgn->bgrpn", decay[-1][..., None] * driven, B)
-    return h, _finish(y + before, x, steps, weights, valid)
+def _options(steps: _Steps, weights: _Weights, dtype, **options) -> Options:
+    """y is rounded to the dtype of x after feedthrough and gate, not before."""
+    plain = weights.D is None and steps.z is None
+    return Options(dtype=jnp.dtype(steps.x.dtype if plain else dtype), **options)
 
 
 def _widen(steps: _Steps, weights: _Weights, state):
@@ -248,49 +221,28 @@ def _widen(steps: _Steps, weights: _Weights, state):
     return dtype, _Weights(*(None if v is None else v.astype(dtype) for v in weights))
 
 
-@partial(jax.jit, static_argnames=("o", "chunk", "reverse", "method"))
-def _ssd(steps, weights, h0, reset, lengths, *, o, chunk, reverse, method):
+@partial(jax.jit, static_argnames=("step", "chunk", "reverse", "precision", "method"))
+def _ssd(steps, weights, h0, reset, lengths, *, step, chunk, reverse, precision, method):
     dtype, weights = _widen(steps, weights, h0)
     T, batch, H, P = shape = steps.x.shape
-    G, N = steps.B.shape[-2:]
-    h = jnp.zeros((batch, H, P, N), dtype) if h0 is None else h0.astype(dtype)
+    h0 = jnp.zeros((batch, H, P, steps.B.shape[-1]), dtype) if h0 is None else h0.astype(dtype)
     if T == 0:
-        return jnp.zeros(shape, steps.x.dtype), h
-    h = h.reshape(batch, G, -1, P, N)
-    chunk = 1 if method == "sequential" else min(chunk, T)
-    padding = -T % chunk
-    valid = None
-    if lengths is not None or padding:
-        lengths = jnp.full(batch, T) if lengths is None else jnp.minimum(lengths, T)
-        valid = jnp.arange(T + padding)[:, None] < lengths
+        return jnp.zeros(shape, steps.x.dtype), h0
+    valid = None if lengths is None else jnp.arange(T)[:, None] < lengths
     if reset is not None:
-        reset = jnp.pad(jnp.broadcast_to(reset.reshape(T, -1), (T, batch)), [(0, padding), (0, 0)])
+        reset = jnp.broadcast_to(reset.reshape(T, -1), (T, batch))
         reset = reset if valid is None else reset & valid
-    steps = jax.tree.map(lambda v: jnp.pad(v, [(0, padding)] + [(0, 0)] * (v.ndim - 1)) if padding else v, steps)
-    inputs = (steps, valid, reset)
-    if method == "sequential":
-        h, y = lax.scan(partial(_step, o, weights), h, inputs, reverse=reverse)
-    else:
-        inputs = jax.tree.map(lambda v: v.reshape(-1, chunk, *v.shape[1:]), inputs)
-
-        @jax.checkpoint
-        def body(h, inputs):
-            h, y = _chunk(o, weights, h, _flipped(inputs, reverse))
-            return h, _flipped(y, reverse)
-
-        h, y = lax.scan(body, h, inputs, reverse=reverse)
-        y = y.reshape(-1, *y.shape[2:])
-    return y[:T], h.reshape(batch, H, P, N)
+    x, B, C = (_masked(v, valid) for v in (steps.x, steps.B, steps.C))
+    dt = _step_size(step, steps.dt, weights.dt_bias, weights.A, valid)
+    o = _options(steps, weights, dtype, chunk=chunk, reverse=reverse, precision=precision, method=method)
+    y, h = _METHODS[method](o, Values(x, dt, weights.A, B, C, h0), reset)
+    return _finish(y, x, weights.D, steps.z, valid), h
 
 
-def _flipped(tree, reverse: bool):
-    return jax.tree.map(lambda v: v[::-1], tree) if reverse else tree
-
-
-@partial(jax.jit, static_argnames=("o",))
-def _update(steps, weights, state, *, o):
+@partial(jax.jit, static_argnames=("step", "precision"))
+def _update(steps, weights, state, *, step, precision):
     dtype, weights = _widen(steps, weights, state)
-    batch, H, P, N = state.shape
-    h = state.astype(dtype).reshape(batch, steps.B.shape[-2], -1, P, N)
-    h, y = _step(o, weights, h, (steps, None, None))
-    return y, h.reshape(batch, H, P, N)
+    dt = _step_size(step, steps.dt, weights.dt_bias, weights.A, None)
+    o = _options(steps, weights, dtype, chunk=1, reverse=False, precision=precision, method="sequential")
+    y, h = one_step(o, Values(steps.x, dt, weights.A, steps.B, steps.C, state.astype(dtype)))
+    return _finish(y, steps.x, weights.D, steps.z, None), h

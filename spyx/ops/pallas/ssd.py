@@ -73,18 +73,37 @@ def cumulated(dt: Array, A: Array, reset: Array | None, *, chunk: int, reverse: 
     return Steps(Place(sums[0], sums[1], segment), dt)
 
 
-def cumulated_cotangents(
-    dplace: Array, dend: Array, ddt: Array, dt: Array, A: Array, *, chunk: int, reverse: bool
-) -> tuple[Array, Array]:
+class StepSums(NamedTuple):
+    """What the cotangents of dt and A consist of, each (chunks * L, B, H), float32.
+
+    `between`, of step t: what all pairs of a step i, not before t, and a step j, before t, contribute.
+    `read`, of step i: the contribution of the state at the start of the chunk to y_i (and, at the last step, to
+    the state at the end). `kept`, of step j: that of x_j to the state at the end. `dt`: through dt_j x_j alone.
+    """
+
+    between: Array
+    read: Array
+    kept: Array
+    dt: Array
+
+
+def decay_cotangents(sums: StepSums, dt: Array, A: Array, *, chunk: int, reverse: bool) -> tuple[Array, Array]:
     """Cotangents of dt (T, B, H) and A (H,).
 
-    They follow from those of the cumulative sums and of dt itself, both padded in time, and from `dend`
-    (chunks, B, H), to be added to the cotangent of the sum at the last step of each chunk.
+    The cotangent of dt_t A is the sum over all that reaches across step t. It is not computed as a difference of
+    sums over all that ends after t and all that starts after t, in which most of the digits of A's would be lost.
     """
     T = dt.shape[0]
-    drate = jax.lax.cumsum(dplace.reshape(-1, chunk, *dplace.shape[1:]), axis=1, reverse=not reverse)
-    drate = (drate + dend[:, None]).reshape(dplace.shape)[:T]
-    return ddt[:T] + drate * A.astype(jnp.float32), (drate * dt.astype(jnp.float32)).sum((0, 1))
+
+    def cumulated(v: Array, reverse: bool) -> Array:
+        return jax.lax.cumsum(v.reshape(-1, chunk, *v.shape[1:]), axis=1, reverse=reverse)
+
+    kept = cumulated(sums.kept, reverse)
+    none = jnp.zeros_like(kept[:, :1])
+    kept = jnp.concatenate([kept[:, 1:], none] if reverse else [none, kept[:, :-1]], axis=1)
+    drate = sums.between + (cumulated(sums.read, not reverse) + kept).reshape(sums.between.shape)
+    drate = drate[:T]
+    return sums.dt[:T] + drate * A.astype(jnp.float32), (drate * dt.astype(jnp.float32)).sum((0, 1))
 
 
 def fits_arguments(x, dt, A, B, C, h0, *, max_width: int, max_state: int) -> bool:

@@ -1,12 +1,20 @@
+import types
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.experimental.pallas import tpu as pltpu
 from oracles.ssd import ssd as oracle
 
-from spyx.ops.ssd import ssd, ssd_state_update
+from spyx.ops import _ssd_kernels
+from spyx.ops.pallas import gpu, tpu
+from spyx.ops.ssd import _ssd, ssd, ssd_state_update
+
+KERNELS = {"tpu": (tpu, True), "tpu-threads": (tpu, pltpu.InterpretParams()), "gpu": (gpu, True)}
 
 
 def case(T=7, batch=2, heads=4, P=3, N=2, groups=2, dtype=np.float32, matrix_d=False):
@@ -68,6 +76,82 @@ def test_values_and_gradients(T, groups, matrix_d, reverse, resets, lengths, dt_
     got = jax.jit(jax.grad(lambda w: loss({**c, **w}, **fixed, chunk=8)))(arrays(c))
     for name, g in got.items():
         assert relative(g, np.asarray(wanted[name])) < 1e-5, name
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """Makes method="pallas" run the kernels of one platform under an interpreter, on the CPU."""
+
+    def install(platform):
+        kernels, interpret = KERNELS[platform]
+        names = ("ssd_forward", "ssd_backward")
+        run = types.SimpleNamespace(**{name: partial(getattr(kernels, name), interpret=interpret) for name in names})
+
+        def forward(values, reset, *, o):
+            assert _ssd_kernels.fits(kernels, o, values)
+            return _ssd_kernels.forward(run, o, values, reset)
+
+        def backward(values, reset, cotangents, *, o):
+            return _ssd_kernels.backward(run, o, values, reset, cotangents)
+
+        monkeypatch.setattr(_ssd_kernels, "_forward_by_platform", forward)
+        monkeypatch.setattr(_ssd_kernels, "_backward_by_platform", backward)
+        _ssd.clear_cache()
+
+    yield install
+    _ssd.clear_cache()
+
+
+def check_the_kernels(interpreted, platform, T, groups, fixed):
+    interpreted(platform)
+    c = case(T, groups=groups)
+    y, h = oracle(**c, **fixed)
+    c = c | fixed | {"precision": "highest"}
+    y32, h32 = ssd(**c, method="pallas", return_state=True)
+    assert relative(y32, y) < 2e-6
+    assert relative(h32, h) < 2e-6
+    floats = {k: v for k, v in arrays(c).items() if v.dtype == np.float32}
+    got = jax.jit(jax.grad(lambda w: loss({**c, **w}, method="pallas")))(floats)
+    with jax.enable_x64(True):
+        exact = {k: v.astype(np.float64) for k, v in floats.items()}
+        wanted = jax.jit(jax.grad(lambda w: loss({**c, **w}, method="sequential")))(exact)
+    for name, g in got.items():
+        assert relative(g, np.asarray(wanted[name])) < 1e-5, name
+
+
+def masks(T, *, reverse):
+    reset = np.random.default_rng(T).random((T, 2)) < 0.1
+    return {"reverse": reverse, "reset": reset, "lengths": np.array([T, T // 2 + 1])}
+
+
+@pytest.mark.parametrize(
+    ("platform", "T", "groups", "reverse"),
+    [("tpu", 37, 2, False), ("tpu-threads", 131, 4, True), ("gpu", 37, 4, True), ("gpu", 67, 2, False)],
+)
+def test_the_kernels_give_values_and_gradients(interpreted, platform, T, groups, reverse):
+    """Bias, softplus, gate, feedthrough, states, lengths and resets around the kernels."""
+    check_the_kernels(interpreted, platform, T, groups, masks(T, reverse=reverse))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("platform", KERNELS)
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize(("T", "groups", "masked"), [(1, 2, False), (31, 1, True), (131, 4, True), (131, 2, False)])
+def test_the_kernels_give_values_and_gradients_wide(interpreted, platform, reverse, T, groups, masked):
+    check_the_kernels(interpreted, platform, T, groups, masks(T, reverse=reverse) if masked else {"reverse": reverse})
+
+
+@pytest.mark.parametrize("platform", ["tpu", "gpu"])
+def test_bfloat16_is_rounded_once(interpreted, platform):
+    half = {k: jnp.asarray(v, jnp.bfloat16) for k, v in arrays(case(19)).items()}
+    y, h = oracle(**half)
+    interpreted(platform)
+    for method in ("pallas", "chunked"):
+        y16, h32 = ssd(**half, precision="highest", method=method, return_state=True)
+        assert (y16.dtype, h32.dtype) == (jnp.bfloat16, jnp.float32)
+        half_ulp = 2.0 ** (np.floor(np.log2(np.abs(y))) - 8)
+        assert np.all(np.abs(np.asarray(y16, np.float64) - y) <= half_ulp + 1e-6 * np.abs(y).max())
+        assert relative(h32, h) < 2e-6
 
 
 @pytest.mark.parametrize("method", ["sequential", "chunked"])
@@ -145,7 +229,8 @@ def test_transformations():
     x = jnp.stack([c["x"], 2 * c["x"]])
     f = lambda x: ssd(**{**c, "x": x}, chunk=2)  # noqa: E731
     np.testing.assert_allclose(jax.jit(jax.vmap(f))(x)[1], f(x[1]), rtol=1e-5, atol=1e-5)
-    _, tangent = jax.jvp(f, (x[0],), (x[0],))
+    plain = lambda x: ssd(**{**c, "x": x}, chunk=2, method="chunked")  # noqa: E731
+    _, tangent = jax.jvp(plain, (x[0],), (x[0],))
     np.testing.assert_allclose(tangent, f(2 * x[0]) - f(x[0]), rtol=1e-4, atol=1e-4)
     with jax.enable_x64(True):
         c = case(5, dtype=np.float64)

@@ -1,12 +1,17 @@
-"""Print the table of docs/kernels.md: `PYTHONPATH=.:tests python tests/spyx/ops/pallas/figures.py`."""
+"""Print the table of docs/kernels.md: `PYTHONPATH=.:tests python tests/spyx/ops/pallas/figures.py [FIRST_LETTERS]`.
+
+With an argument, only the rows whose name begins with it.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -38,16 +43,26 @@ def selective(module, *, backward: bool):
     return module.selective_scan_backward, (*args, starts, u, h0)
 
 
+def dual(module, *, backward: bool):
+    T, B, H, P, N = 2048, 2, 16, 64, 128
+    x, dt, vectors, h0 = float32(T, B, H, P), float32(T, B, H), float32(T, B, 1, N), float32(B, H, P, N)
+    args = (x, dt, float32(H), vectors, vectors, h0)
+    return (module.ssd_backward, (*args, x, h0)) if backward else (module.ssd_forward, args)
+
+
 CASES = {
     "linear_scan, real, a varying": partial(linear, parts=1, varying=True, flags=Flags()),
     "linear_scan, complex, a constant": partial(linear, parts=2, varying=False, flags=Flags()),
     "linear_scan, complex, a varying, adjoint": partial(linear, parts=2, varying=True, flags=Flags().adjoint()),
     "selective_scan, forward": partial(selective, backward=False),
     "selective_scan, backward": partial(selective, backward=True),
+    "ssd, forward": partial(dual, backward=False),
+    "ssd, backward": partial(dual, backward=True),
 }
 
 
 STEPS = {name: (2,) if "forward" in name else (1, 2) if "backward" in name else (8,) for name in CASES}
+STEPS |= {"ssd, forward": (128,), "ssd, backward": (128, 128)}
 """Time steps in one turn of the kernel's loops, in descending number of bundles."""
 
 
@@ -55,25 +70,36 @@ def program(name: str, chip: str):
     return CASES[name](gpu if chip in GPUS else tpu)
 
 
-def dump_loops(folder: str) -> None:
+def dump_loops(folder: str, prefix: str) -> None:
     """Compile for every TPU and print the loops of each as JSON; libtpu dumps into `folder`."""
     found = {}
-    for name in CASES:
+    for name in chosen(prefix):
         for chip in TPUS:
             seen = set(Path(folder).iterdir())
             f, args = program(name, chip)
             compile_for(chip, f, *args)
-            loops = sorted(inner_loops(set(Path(folder).iterdir()) - seen), reverse=True)
+            count = grid_steps if name.startswith("ssd") else inner_loops
+            loops = sorted(count(set(Path(folder).iterdir()) - seen), reverse=True)
             found[f"{name} {chip}"] = loops
     print(json.dumps(found))
 
 
-def all_loops() -> dict[str, list[int]]:
+def grid_steps(files: Iterable[Path]) -> list[int]:
+    """VLIW bundles in one turn of the loop over the grid, for each `ssd` kernel whose compilation wrote `files`."""
+    dumps = [f for f in files if re.search(r"-ssd_\w+\.\d+-\d+-final_bundles\.txt$", f.name)]
+    return [len(re.findall(r"(?m)^\s*(?:0x[0-9a-f]+|0)\s+[A-Z]*\s*:\s+> ", f.read_text())) for f in dumps]
+
+
+def chosen(prefix: str) -> list[str]:
+    return [name for name in CASES if name.startswith(prefix)]
+
+
+def all_loops(prefix: str) -> dict[str, list[int]]:
     """Dumping slows the compiler down, so it happens in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
         child = subprocess.run(
-            [sys.executable, __file__, folder],
+            [sys.executable, __file__, prefix, folder],
             env=os.environ | {"LIBTPU_INIT_ARGS": flags},
             check=True,
             stdout=subprocess.PIPE,
@@ -81,11 +107,32 @@ def all_loops() -> dict[str, list[int]]:
     return json.loads(child.stdout.splitlines()[-1])
 
 
+def kernels(jaxpr) -> Iterator:
+    """The kernel calls of a program."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "pallas_call":
+            yield eqn
+            continue
+        for value in eqn.params.values():
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from kernels(inner)
+
+
+def registers(chip: str, f, args) -> int:
+    """Registers per thread of the largest kernel, each compiled alone."""
+    found = []
+    for eqn in kernels(jax.make_jaxpr(f)(*args).jaxpr):
+        shapes = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.invars]
+        found.append(compile_for(chip, partial(eqn.primitive.bind, **eqn.params), *shapes).registers())
+    return max(found)
+
+
 def row(name: str, chip: str, loops: dict[str, list[int]]) -> str:
     f, args = program(name, chip)
     compiled = compile_for(chip, f, *args)
     if chip in GPUS:
-        detail = f"{compiled.registers()} registers"
+        detail = f"{registers(chip, f, args)} registers"
     else:
         pairs = zip(loops[f"{name} {chip}"], STEPS[name], strict=False)
         detail = " + ".join(f"{bundles} bundles / {steps}" for bundles, steps in pairs)
@@ -96,14 +143,14 @@ def row(name: str, chip: str, loops: dict[str, list[int]]) -> str:
     )
 
 
-def main() -> None:
-    loops = all_loops()
+def main(prefix: str = "") -> None:
+    loops = all_loops(prefix)
     print("| kernel | chip | compile time, s | peak memory, MiB | inner loop | bytes / bandwidth, us |")
     print("| --- | --- | --- | --- | --- | --- |")
-    for name in CASES:
+    for name in chosen(prefix):
         for chip in (*TPUS, *GPUS):
             print(row(name, chip, loops), flush=True)
 
 
 if __name__ == "__main__":
-    main() if len(sys.argv) == 1 else dump_loops(sys.argv[1])
+    dump_loops(sys.argv[2], sys.argv[1]) if len(sys.argv) == 3 else main(*sys.argv[1:])

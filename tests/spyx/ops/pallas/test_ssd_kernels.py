@@ -49,9 +49,8 @@ def both_passes(kernel, arguments, reset, dy, dh_last, **kwargs):
 
     @jax.jit
     def run(arguments, dy, dh_last):
-        y, h_last, starts = module.ssd_forward(*arguments, flags, interpret=interpret, **kwargs)
-        gradients = module.ssd_backward(*arguments[:5], starts, dy, dh_last, flags, interpret=interpret, **kwargs)
-        return y, h_last, *gradients
+        outputs = module.ssd_forward(*arguments, flags, interpret=interpret, **kwargs)
+        return *outputs, *module.ssd_backward(*arguments, dy, dh_last, flags, interpret=interpret, **kwargs)
 
     return run(arguments, dy, jnp.asarray(dh_last))
 
@@ -65,12 +64,10 @@ def expected_passes(arguments, reset, dy, dh_last, *, reverse=False):
         return [*loop, *(np.asarray(v) for v in cotangents)]
 
 
-def bounds(arguments, expected, relative=1e-6):
-    """Error allowed in each result; that in dA is relative to the steps' contributions, which cancel."""
+def bounds(expected, relative=1e-6):
+    """Error allowed in each result; in dA that of the sum over all steps too, which cancel each other."""
     allowed = dict(zip(NAMES, (relative * max(1, abs(v).max()) for v in expected), strict=True))
-    dt, A = (np.asarray(v, "float64") for v in arguments[1:3])
-    allowed["A"] = relative * abs(dt * expected[3] / A).sum((0, 1)).max()
-    return allowed
+    return allowed | {"A": 1e-5 * abs(expected[4]).max()}
 
 
 def assert_equal(got, expected, allowed):
@@ -95,7 +92,7 @@ def test_values_and_gradients_equal_float64(kernel, shape, reverse, resets):
     arguments, reset, dy, dh_last = random_arguments(*shape, resets=resets)
     got = both_passes(kernel, arguments, reset, dy, dh_last, reverse=reverse)
     expected = expected_passes(arguments, reset, dy, dh_last, reverse=reverse)
-    assert_equal(got, expected, bounds(arguments, expected))
+    assert_equal(got, expected, bounds(expected))
 
 
 @pytest.mark.full
@@ -112,7 +109,7 @@ def test_bfloat16(kernel):
     got = both_passes(kernel, arguments, reset, dy, dh_last)
     expected = expected_passes(arguments, reset, dy, dh_last)
     assert got[0].dtype == got[2].dtype == jnp.bfloat16
-    allowed = bounds(arguments, expected)
+    allowed = bounds(expected)
     for name, theirs in (("y", expected[0]), ("x", expected[2])):
         allowed[name] = 2**-8 * abs(theirs).max()
     assert_equal(got, expected, allowed)
@@ -176,26 +173,43 @@ def compile_both(chip, T, batch, heads, P, N, *, groups=1, dtype=jnp.float32, re
     B, h0 = shape((T, batch, groups, N), dtype), shape((batch, heads, P, N), jnp.float32)
     reset = shape((T, batch), jnp.bool_) if resets else None
 
-    options = {"reverse": reverse} | ({"chunk": 32} if chip == "a100" else {})
-
     def forward(*args):
-        return module.ssd_forward(*args, **options)
+        return module.ssd_forward(*args, reverse=reverse)
 
     def backward(*args):
-        return module.ssd_backward(*args, **options)
+        return module.ssd_backward(*args, reverse=reverse)
 
-    args = (x, dt, A, B, B, h0, reset)
-    starts = jax.eval_shape(forward, *args)[2]
-    first = compile_for(chip, forward, *args)
-    second = compile_for(chip, backward, x, dt, A, B, B, starts, x, h0, reset)
+    first = compile_for(chip, forward, x, dt, A, B, B, h0, reset)
+    second = compile_for(chip, backward, x, dt, A, B, B, h0, x, h0, reset)
     return first.peak_bytes / (x.size * x.dtype.itemsize), second.peak_bytes / (x.size * x.dtype.itemsize)
 
 
-@pytest.mark.parametrize(("chip", "budget"), [("v5e", (6.5, 10.5)), ("h100", (5.0, 8.5))])
-def test_compiles_with_little_memory(chip, budget):
+BUDGETS = {
+    "v5e": (5.0, 8.7),
+    "v4": (5.0, 8.7),
+    "v5p": (5.0, 8.7),
+    "v6e": (5.0, 8.7),
+    "h100": (6.7, 12.2),
+    "a100": (6.7, 12.2),
+}
+"""Peak memory of forward and backward at (T, B, H, P, N) = (2048, 2, 16, 64, 128), in units of the size of x."""
+
+
+def assert_little_memory(chip):
     peaks = compile_both(chip, 2048, 2, 16, 64, 128)
-    assert peaks[0] <= budget[0]
-    assert peaks[1] <= budget[1]
+    assert peaks[0] <= BUDGETS[chip][0]
+    assert peaks[1] <= BUDGETS[chip][1]
+
+
+@pytest.mark.parametrize("chip", ["v5e", "h100"])
+def test_compiles_with_little_memory(chip):
+    assert_little_memory(chip)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("chip", ["v4", "v5p", "v6e", "a100"])
+def test_compiles_with_little_memory_everywhere(chip):
+    assert_little_memory(chip)
 
 
 @pytest.mark.parametrize("chip", ["v5e", "h100"])
@@ -205,8 +219,8 @@ def test_compiles_odd_shapes_and_x64(chip):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("chip", ["v5e", "v4", "v5p", "v6e", "h100", "a100"])
+@pytest.mark.parametrize("chip", BUDGETS)
 @pytest.mark.parametrize(("P", "N"), [(64, 128), (64, 64), (16, 16)])
-@pytest.mark.parametrize(("dtype", "resets"), [(jnp.float32, False), (jnp.bfloat16, True)])
-def test_compiles_everywhere(chip, P, N, dtype, resets):
-    compile_both(chip, 500, 2, 8, P, N, groups=2, dtype=dtype, resets=resets)
+@pytest.mark.parametrize(("dtype", "masked"), [(jnp.float32, False), (jnp.bfloat16, True)])
+def test_compiles_everywhere(chip, P, N, dtype, masked):
+    compile_both(chip, 500, 2, 8, P, N, groups=2, dtype=dtype, resets=masked, reverse=masked)

@@ -14,6 +14,7 @@ from jax import export
 from spyx.ops import (
     _selective_kernels,
     _selective_runs,
+    _ssd_kernels,
     causal_conv1d,
     diagonal_ssm,
     fft_conv,
@@ -22,6 +23,8 @@ from spyx.ops import (
     ssd,
 )
 from spyx.ops._selective_step import Masks, Options, Steps, Weights
+from spyx.ops._ssd_runs import Options as DualOptions
+from spyx.ops._ssd_runs import Values
 from spyx.ops.pallas import gpu, tpu
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -53,8 +56,9 @@ def selective(u, dt, A, B, C, D, z):
     return selective_scan(u, dt, A, B, C, D, z, dt_softplus=True)
 
 
-def dual(x, dt, A, B, C):
-    return ssd(x, jax.nn.softplus(dt), A, B, C)
+def dual(x, dt, A, B, C, D, z, h0):
+    reset = jnp.zeros(x.shape[:2], bool).at[20, 1].set(True)
+    return ssd(x, dt, A, B, C, D, z, dt_softplus=True, h0=h0, reset=reset, lengths=jnp.array([3, 37]))
 
 
 T, BATCH, WIDTH, N = 37, 2, 512, 8
@@ -87,13 +91,16 @@ CASES = {
             noise(T, BATCH, 4),
             -jnp.arange(1.0, 5),
             noise(T, BATCH, 2, 16),
-            noise(T, BATCH, 2, 16),
+            noise(T, BATCH, 2, 16, seed=1),
+            noise(4),
+            noise(T, BATCH, 4, 16, seed=2),
+            noise(BATCH, 4, 16, 16),
         ),
     ),
     "causal_conv1d": (causal_conv1d, (noise(T, BATCH, 5), noise(5, 4), noise(5))),
     "fft_conv": (fft_conv, (noise(T, BATCH, 5), noise(T, 5))),
 }
-WITH_KERNELS = [name for name in CASES if "conv" not in name and name != "ssd"]
+WITH_KERNELS = [name for name in CASES if "conv" not in name]
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -135,6 +142,8 @@ def test_pallas_is_an_error_where_there_is_no_kernel():
         linear_scan(a, x, method="pallas")
     with pytest.raises(ValueError, match="none for CPU"):
         selective_scan(*CASES["selective_scan"][1], method="pallas")
+    with pytest.raises(ValueError, match="none for CPU"):
+        ssd(*CASES["ssd"][1][:5], method="pallas")
     with jax.enable_x64(True):
         wide = jax.jit(lambda a, x: linear_scan(a, x, method="pallas")[0]).trace(
             jnp.ones((3, 2), jnp.float64), jnp.ones((3, 2), jnp.float64)
@@ -148,6 +157,72 @@ def test_pallas_lowers_to_the_kernel(platform):
     _, (a, x) = CASES["linear_scan"]
     scan = jax.jit(lambda a, x: linear_scan(a, x, method="pallas")[0])
     text = scan.trace(a, x).lower(lowering_platforms=(platform,)).as_text()
+    assert "tpu_custom_call" in text or "triton" in text
+
+
+def lower_dual(platform, method, *, P=16, N=16, dtype=jnp.float32, **options):
+    def f(x, dt, A, B):
+        return ssd(x, dt, A, B, B, method=method, **options)
+
+    shape = jax.ShapeDtypeStruct
+    x, dt, A = shape((9, 2, 4, P), dtype), shape((9, 2, 4), dtype), shape((4,), dtype)
+    lowered = jax.jit(f).trace(x, dt, A, shape((9, 2, 2, N), dtype)).lower(lowering_platforms=(platform,))
+    return any(kernel in lowered.as_text() for kernel in ("tpu_custom_call", "triton"))
+
+
+@pytest.mark.parametrize(
+    ("platform", "options"),
+    [
+        ("cuda", {"P": 65}),
+        ("cuda", {"N": 129}),
+        ("tpu", {"P": 257}),
+        ("tpu", {"N": 257}),
+        ("tpu", {"dtype": jnp.float16}),
+        ("cuda", {"precision": "F32_F32_F32"}),
+    ],
+)
+def test_what_the_dual_kernels_do_not_take(platform, options):
+    assert lower_dual(platform, "pallas")
+    assert not lower_dual(platform, "auto", **options)
+    with pytest.raises(ValueError, match=r'method="pallas": the (gpu|tpu) kernels take float32 or bfloat16'):
+        lower_dual(platform, "pallas", **options)
+
+
+def test_the_dual_kernels_keep_the_precision_asked_for(monkeypatch):
+    asked = []
+
+    def forward(*args, precision, **_):
+        asked.append(precision)
+
+    kernels = types.SimpleNamespace(ssd_forward=forward)
+    values = Values(*(jnp.ones(1),) * 6)
+    given = [None, "bfloat16", "high", jax.lax.Precision.HIGHEST, ("default", "highest")]
+    for precision in given:
+        _ssd_kernels.forward(kernels, DualOptions(64, False, precision, jnp.float32, "auto"), values, None)
+    low, high = jax.lax.Precision.DEFAULT, jax.lax.Precision.HIGHEST
+    assert asked == [low, low, high, high, high]
+
+
+def test_the_dual_kernels_get_the_ambient_precision_of_the_call(monkeypatch):
+    asked, forward = [], tpu.ssd_forward
+
+    def spy(*args, precision, **options):
+        asked.append(precision)
+        return forward(*args, precision=precision, **options)
+
+    monkeypatch.setattr(tpu, "ssd_forward", spy)
+    function, args = CASES["ssd"]
+    with jax.default_matmul_precision("highest"):
+        traced = jax.jit(lambda *args: function(*args)).trace(*args)
+    traced.lower(lowering_platforms=("tpu",))
+    assert asked == [jax.lax.Precision.HIGHEST]
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_the_dual_kernels_under_vmap(platform):
+    function, args = CASES["ssd"]
+    many = jax.vmap(jax.grad(squares(function)), in_axes=(0, *(None,) * 7))
+    text = jax.jit(many).trace(jnp.stack([args[0]] * 2), *args[1:]).lower(lowering_platforms=(platform,)).as_text()
     assert "tpu_custom_call" in text or "triton" in text
 
 
