@@ -58,11 +58,7 @@ class LRNN(nnx.Module):
             raise ValueError(f"{self._name}: {name} must be one of {tuple(choices)}, got {value!r}")
 
     def _check_device(self, device: Any) -> None:
-        if device is not None and str(device) != "cpu":
-            raise ValueError(
-                f"{self._name}: device must be None or 'cpu', got {device!r}: JAX places arrays by jax.default_device, "
-                "jax.device_put or shardings"
-            )
+        check_device(self._name, device)
 
     def _input(self, x, layout: str) -> Float[Array, "..."]:
         x = jnp.asarray(x)
@@ -85,7 +81,7 @@ class LRNN(nnx.Module):
             raise ValueError(f"{self._name} is time-invariant and cannot use integration_timesteps; pass None")
         return self.step(x, cache)
 
-    def step(self, x: Any, inference_cache: Any) -> tuple[Any, Any]:
+    def step(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """One step: `(y, cache)`."""
         raise NotImplementedError
 
@@ -98,3 +94,12 @@ class LRNN(nnx.Module):
     ) -> state.IncompatibleKeys:
         """Load the reference's state_dict, all or nothing; see `compat_torch.load_state_dict`."""
         return state.load_state_dict(self, state_dict, strict, dtype=dtype)
+
+
+def check_device(name: str, device: Any) -> None:
+    """Raise ValueError unless `device`, an argument of the class `name`, is None or the CPU."""
+    if device is not None and str(device) != "cpu":
+        raise ValueError(
+            f"{name}: device must be None or 'cpu', got {device!r}: JAX places arrays by jax.default_device, "
+            "jax.device_put or shardings"
+        )

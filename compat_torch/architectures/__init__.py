@@ -1,0 +1,1 @@
+"""Whole models; import paths mirror lrnnx.architectures."""

@@ -1,0 +1,499 @@
+"""lrnnx's language model: embedding, residual blocks of any mixers, head."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from spyx.ops.scan import check_lengths
+
+from ..checkpoint import read_state_dict
+from ..core.base import LRNN
+from ..core.discretization import Reference
+from ..core.layers import linear, symmetric_uniform
+from ..interop import torch_in_torch_out
+from ..layers import MHA, Block, GatedMLP
+from ..layers.block import layer_norm, normalise, rms_norm
+from ..models.ltv.base import LTV_LRNN
+from ..random import default_rngs
+
+Caches = dict[int, Any]
+
+MIXERS = {
+    "LRU": "lti", "S4": "lti", "S4D": "lti", "S5": "lti", "Centaurus": "lti",
+    "Mamba": "ltv", "RGLRU": "ltv", "S7": "ltv",
+}  # fmt: skip
+_WITHOUT_D_STATE = ("RGLRU",)
+
+
+class CausalLMOutput(NamedTuple):
+    """Result of a language model.
+
+    Attributes:
+        logits: (B, L, padded vocabulary).
+    """
+
+    logits: Float[Array, "B L V"]
+
+
+def create_block(
+    d_model: int,
+    d_state: int,
+    d_intermediate: int,
+    mixer_type: str,
+    mixer_kwargs: Mapping[str, Any] | None = None,
+    attn_cfg: Mapping[str, Any] | None = None,
+    norm_epsilon: float = 1e-5,
+    rms_norm: bool = False,
+    residual_in_fp32: bool = False,
+    fused_add_norm: bool = True,
+    layer_idx: int | None = None,
+    device: Any = None,
+    dtype: DTypeLike | None = None,
+    *,
+    mlp_cls: Callable[..., Any] | None = None,
+    reference: Reference = "lrnnx",
+    precision: jax.lax.PrecisionLike = "highest",
+    param_dtype: DTypeLike | None = None,
+    rngs: nnx.Rngs | None = None,
+) -> Block:
+    """A residual block with the mixer of that name.
+
+    Args:
+        d_model: width.
+        d_state: for the mixers that have it.
+        d_intermediate: hidden width of the gated MLP; 0 is none.
+        mixer_type: "attn" or one of LRU, S4, S4D, S5, Centaurus, Mamba, RGLRU, S7.
+        mixer_kwargs: further arguments of the mixer.
+        attn_cfg: arguments of `MHA`, for "attn".
+        norm_epsilon: of the norms.
+        rms_norm: RMSNorm instead of LayerNorm.
+        residual_in_fp32: keep the residual in float32 or wider.
+        fused_add_norm, layer_idx, device: no effect (device: None or "cpu").
+        dtype, param_dtype, precision, reference, rngs: of every part.
+        mlp_cls: in place of `GatedMLP`.
+
+    Raises:
+        ValueError: unknown `mixer_type`. TypeError: arguments that the mixer lacks or does not know.
+    """
+    rngs = default_rngs(rngs)
+    param_dtype = param_dtype or dtype or jnp.float32
+    dense = {"dtype": dtype, "param_dtype": param_dtype, "precision": precision, "rngs": rngs}
+    if mixer_type == "attn":
+        options = {"causal": reference == "paper", **(attn_cfg or {}), "layer_idx": layer_idx, "device": device}
+        mixer_cls: Any = MHA
+    elif mixer_type in MIXERS:
+        mixer_cls = getattr(importlib.import_module(f"compat_torch.models.{MIXERS[mixer_type]}"), mixer_type)
+        options = {**({"transposed": False} if mixer_type in ("S4", "S4D") else {}), **(mixer_kwargs or {})}
+        if options.get("transposed"):
+            raise ValueError(f"{mixer_type} in a language model works on (B, L, H): transposed=True is not supported")
+        if mixer_type not in _WITHOUT_D_STATE:
+            options["d_state"] = d_state
+    else:
+        raise ValueError(f"mixer_type must be 'attn' or one of {tuple(MIXERS)}, got {mixer_type!r}")
+    mlp = None
+    if d_intermediate:
+        mlp = partial(mlp_cls or GatedMLP, hidden_features=d_intermediate, out_features=d_model, device=device, **dense)
+    return Block(
+        d_model,
+        partial(mixer_cls, **{**dense, "reference": reference, **options}),
+        mlp,
+        norm_cls=partial(_norm(rms_norm), eps=norm_epsilon, param_dtype=param_dtype),
+        fused_add_norm=fused_add_norm,
+        residual_in_fp32=residual_in_fp32,
+    )
+
+
+class LRNNModel(LRNN):
+    """The backbone: token ids (B, L) -> hidden states (B, L, d_model).
+
+    Arguments: see `LRNNLMHeadModel`; `vocab_size` is taken as it is.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int,
+        n_layer: int,
+        vocab_size: int,
+        mixer_types: Sequence[str],
+        d_intermediate: int = 0,
+        mixer_kwargs: Mapping[str, Mapping[str, Any]] | None = None,
+        mlp_cls: Callable[..., Any] | None = None,
+        norm_epsilon: float = 1e-5,
+        rms_norm: bool = True,
+        initializer_cfg: Mapping[str, Any] | None = None,
+        fused_add_norm: bool = True,
+        residual_in_fp32: bool = False,
+        device: Any = None,
+        dtype: DTypeLike | None = None,
+        *,
+        reference: Reference = "lrnnx",
+        precision: jax.lax.PrecisionLike = "highest",
+        param_dtype: DTypeLike | None = None,
+        rngs: nnx.Rngs | None = None,
+    ):
+        super().__init__(reference=reference, precision=precision, dtype=dtype, param_dtype=param_dtype)
+        self._check_device(device)
+        self._check_sizes(d_model=d_model, d_state=d_state, n_layer=n_layer, vocab_size=vocab_size)
+        if len(mixer_types) != n_layer:
+            raise ValueError(f"mixer_types must have n_layer = {n_layer} entries, got {len(mixer_types)}")
+        kwargs = dict(mixer_kwargs or {})
+        if unknown := kwargs.keys() - set(mixer_types):
+            raise ValueError(f"mixer_kwargs has {sorted(unknown)}, but the mixers are {sorted(set(mixer_types))}")
+        self.d_model, self.vocab_size, self.mixer_types = d_model, vocab_size, tuple(mixer_types)
+        self.residual_in_fp32, self.fused_add_norm = residual_in_fp32, fused_add_norm
+        rngs = default_rngs(rngs)
+        self.embedding = nnx.Embed(vocab_size, d_model, param_dtype=self.param_dtype, rngs=rngs)
+        self.layers = nnx.List(
+            create_block(
+                d_model, d_state, d_intermediate, mixer, kwargs.get(mixer), kwargs.get("attn"), norm_epsilon, rms_norm,
+                residual_in_fp32, fused_add_norm, i, device, dtype, mlp_cls=mlp_cls, reference=reference,
+                precision=precision, param_dtype=self.param_dtype, rngs=rngs,
+            )
+            for i, mixer in enumerate(mixer_types)
+        )  # fmt: skip
+        self.norm_f = _norm(rms_norm)(d_model, eps=norm_epsilon, param_dtype=self.param_dtype)
+        settings = {"n_residuals_per_layer": 2 if d_intermediate else 1, **(initializer_cfg or {})}
+        _init_weights(self, n_layer, rngs=rngs, **settings)
+
+    @property
+    def _varying(self) -> bool:
+        return any(isinstance(layer.mixer, LTV_LRNN) for layer in self.layers)
+
+    def __call__(
+        self,
+        input_ids: Int[Array, "B L"],
+        integration_timesteps: Float[Array, "B L"] | None = None,
+        lengths: Int[Array, " B"] | None = None,
+        inference_cache: Caches | None = None,
+    ) -> Any:
+        """Hidden states after the final norm, (B, L, d_model), 0 past `lengths`; with a cache, `(hidden, cache)`.
+
+        Raises:
+            ValueError: wrong rank; `integration_timesteps` in a model without a time-varying mixer.
+            TypeError: ids that are not integers.
+        """
+        hidden, residual = self._embed(input_ids, integration_timesteps), None
+        cache: Caches = {}
+        for i, layer in enumerate(self.layers):
+            given = None if inference_cache is None else inference_cache[i]
+            out = layer(
+                hidden, residual, integration_timesteps=integration_timesteps, lengths=lengths, inference_cache=given
+            )
+            hidden, residual = out[:2]
+            if given is not None:
+                cache[i] = out[2]
+        hidden = self._leave(hidden, residual)
+        if lengths is not None:
+            B, L = hidden.shape[:2]
+            lengths = jnp.asarray(lengths)
+            check_lengths(lengths, (L, B))
+            hidden = jnp.where((jnp.arange(L) < lengths[:, None])[..., None], hidden, 0)
+        return hidden if inference_cache is None else (hidden, cache)
+
+    def step(
+        self,
+        input_ids: Int[Array, "B 1"],
+        caches: Caches,
+        integration_timesteps: Float[Array, "B 1"] | Float[Array, " B"] | None = None,
+    ) -> tuple[Float[Array, "B 1 H"], Caches]:
+        """One token: `(hidden, caches)` from ids (B, 1) and the caches before it, which are left as they are."""
+        hidden, residual = self._embed(input_ids, integration_timesteps), None
+        after: Caches = {}
+        for i, layer in enumerate(self.layers):
+            hidden, residual, after[i] = layer.step(hidden, residual, caches[i], integration_timesteps)
+        return self._leave(hidden, residual), after
+
+    def allocate_inference_cache(self, batch_size: int, max_seqlen: int, dtype: DTypeLike | None = None) -> Caches:
+        """{layer index: cache of its mixer}; `max_seqlen` bounds attention layers only."""
+        return {
+            i: layer.mixer.allocate_inference_cache(batch_size, max_seqlen, dtype=dtype)
+            for i, layer in enumerate(self.layers)
+        }
+
+    def _embed(self, input_ids, integration_timesteps):
+        ids = jnp.asarray(input_ids)
+        if ids.ndim != 2:
+            raise ValueError(f"{self._name} expects token ids (B, L), got shape {ids.shape}")
+        if not jnp.issubdtype(ids.dtype, jnp.integer):
+            raise TypeError(f"{self._name} expects integer token ids (B, L), got {ids.dtype}")
+        if integration_timesteps is not None and not self._varying:
+            raise ValueError(
+                f"{self._name}: integration_timesteps needs a time-varying mixer, the mixers are {self.mixer_types}"
+            )
+        hidden = self.embedding(ids)
+        return hidden if self.dtype is None else hidden.astype(self.dtype)
+
+    def _leave(self, hidden, residual):
+        return normalise(self.norm_f, hidden if residual is None else hidden + residual)
+
+
+class TiedHead(nnx.Module):
+    """Logits by the rows of the embedding, which it shares."""
+
+    def __init__(self, weight: nnx.Param, precision: Any):
+        self.weight, self.precision = weight, precision
+
+    def __call__(self, x: Float[Array, "*L H"]) -> Float[Array, "*L V"]:
+        """x W^T."""
+        return jnp.einsum("...h,vh->...v", x, self.weight[...].astype(x.dtype), precision=self.precision)
+
+
+class LRNNLMHeadModel(LRNN):
+    """A language model of residual blocks: token ids (B, L) -> logits (B, L, padded vocabulary).
+
+    Args:
+        d_model: width of the residual stream.
+        d_state: states of the mixers that have them.
+        n_layer: number of blocks.
+        vocab_size: rounded up to a multiple of `pad_vocab_size_multiple` in embedding and head.
+        mixer_types: for each block, "attn" or one of LRU, S4, S4D, S5, Centaurus, Mamba, RGLRU, S7.
+        d_intermediate: hidden width of a gated MLP after each mixer; 0 is none.
+        mixer_kwargs: {mixer type: its further constructor arguments}; "attn" needs num_heads.
+        mlp_cls: in place of `GatedMLP` (the reference ignores it).
+        norm_epsilon: of the norms.
+        rms_norm: RMSNorm instead of LayerNorm.
+        fused_add_norm: no effect: the reference's CUDA kernel computes the same.
+        residual_in_fp32: keep the residual in float32 or wider.
+        tie_embeddings: the head shares the embedding's weight.
+        pad_vocab_size_multiple: see `vocab_size`.
+        initializer_cfg: initializer_range (0.02), rescale_prenorm_residual (True), n_residuals_per_layer.
+        device: None or "cpu", no effect.
+        dtype: of the parameters and activations; None is float32.
+        reference: of the mixers, see their tables. "attn" is causal by default under "paper", and not under "lrnnx": a
+            model with attention that is not causal has no step.
+        precision: of every matrix product, as in `jax.lax.dot`.
+        param_dtype: of the parameters; None is `dtype`, or float32.
+        rngs: random streams; None draws from the process-wide one (`compat_torch.manual_seed`).
+
+    Parameters: backbone.embedding.weight, backbone.layers.i.{norm, mixer, norm2, mlp}.*, backbone.norm_f.*,
+    lm_head.weight (also where it is tied).
+
+    Where lrnnx 1.0.0 is wrong and this class is not, whatever `reference`: its step skips attention layers; its
+    save_pretrained loses the arguments of the mixers; `lengths` reaches only some mixers.
+
+    Raises:
+        ValueError: sizes, unknown mixers, arguments for mixers that are not there.
+
+    Source: Mamba (arXiv:2312.00752); lrnnx 1.0.0 `lrnnx.architectures.language_model`.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int,
+        n_layer: int,
+        vocab_size: int,
+        mixer_types: Sequence[str],
+        d_intermediate: int = 0,
+        mixer_kwargs: Mapping[str, Mapping[str, Any]] | None = None,
+        mlp_cls: Callable[..., Any] | None = None,
+        norm_epsilon: float = 1e-5,
+        rms_norm: bool = True,
+        fused_add_norm: bool = True,
+        residual_in_fp32: bool = False,
+        tie_embeddings: bool = True,
+        pad_vocab_size_multiple: int = 8,
+        initializer_cfg: Mapping[str, Any] | None = None,
+        device: Any = None,
+        dtype: DTypeLike | None = None,
+        *,
+        reference: Reference = "lrnnx",
+        precision: jax.lax.PrecisionLike = "highest",
+        param_dtype: DTypeLike | None = None,
+        rngs: nnx.Rngs | None = None,
+    ):
+        super().__init__(reference=reference, precision=precision, dtype=dtype, param_dtype=param_dtype)
+        self._check_sizes(vocab_size=vocab_size, pad_vocab_size_multiple=pad_vocab_size_multiple)
+        self._config = _encode(
+            d_model=d_model, d_state=d_state, n_layer=n_layer, vocab_size=vocab_size, mixer_types=list(mixer_types),
+            d_intermediate=d_intermediate, mixer_kwargs=mixer_kwargs or {}, norm_epsilon=norm_epsilon,
+            rms_norm=rms_norm, fused_add_norm=fused_add_norm, residual_in_fp32=residual_in_fp32,
+            tie_embeddings=tie_embeddings, pad_vocab_size_multiple=pad_vocab_size_multiple,
+            initializer_cfg=initializer_cfg or {}, reference=reference,
+        )  # fmt: skip
+        self.d_model, self.vocab_size = d_model, vocab_size
+        padded = -(-vocab_size // pad_vocab_size_multiple) * pad_vocab_size_multiple
+        rngs = default_rngs(rngs)
+        self.backbone = LRNNModel(
+            d_model, d_state, n_layer, padded, mixer_types, d_intermediate, mixer_kwargs, mlp_cls, norm_epsilon,
+            rms_norm, initializer_cfg, fused_add_norm, residual_in_fp32, device, dtype, reference=reference,
+            precision=precision, param_dtype=self.param_dtype, rngs=rngs,
+        )  # fmt: skip
+        if tie_embeddings:
+            self.lm_head = TiedHead(self.backbone.embedding.embedding, precision)
+        else:
+            self.lm_head = linear(
+                d_model, padded, bias=False, param_dtype=self.param_dtype, precision=precision, rngs=rngs
+            )
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The constructor's arguments, as config.json has them."""
+        return json.loads(self._config)
+
+    @torch_in_torch_out
+    def __call__(
+        self,
+        input_ids: Int[Array, "B L"],
+        position_ids: None = None,
+        inference_params: None = None,
+        num_last_tokens: int = 0,
+        integration_timesteps: Float[Array, "B L"] | None = None,
+        lengths: Int[Array, " B"] | None = None,
+    ) -> CausalLMOutput:
+        """Logits of whole sequences.
+
+        Args:
+            input_ids: integer, shape (B, L).
+            position_ids: must be None: recurrences know the position, attention layers count from 0.
+            inference_params: must be None: `prefill` fills a cache.
+            num_last_tokens: if positive, only the logits of that many last steps.
+            integration_timesteps: for the time-varying mixers, in event mode, shape (B, L).
+            lengths: int, shape (B,): valid tokens of each row; logits past them are 0, the padding reaches nothing.
+
+        Returns:
+            `CausalLMOutput(logits)`, logits (B, L or num_last_tokens, padded vocabulary).
+
+        Raises:
+            ValueError: wrong rank, or an argument that must be None. TypeError: ids that are not integers.
+        """
+        if position_ids is not None:
+            raise ValueError(f"{self._name}: position_ids is not supported; pass None")
+        if inference_params is not None:
+            raise ValueError(f"{self._name}: inference_params is not supported; use prefill(input_ids, cache)")
+        hidden = self.backbone(input_ids, integration_timesteps, lengths)
+        return CausalLMOutput(self._logits(hidden[:, -num_last_tokens:] if num_last_tokens > 0 else hidden))
+
+    @torch_in_torch_out
+    def prefill(
+        self,
+        input_ids: Int[Array, "B L"],
+        cache: Caches,
+        integration_timesteps: Float[Array, "B L"] | None = None,
+        lengths: Int[Array, " B"] | None = None,
+    ) -> tuple[CausalLMOutput, Caches]:
+        """`(output, cache)`: the prompt, or a piece of it, by the parallel form.
+
+        Args:
+            input_ids: integer, shape (B, L).
+            cache: of `allocate_inference_cache`, or of the piece before.
+            integration_timesteps, lengths: as in a call.
+        """
+        hidden, cache = self.backbone(input_ids, integration_timesteps, lengths, cache)
+        return CausalLMOutput(self._logits(hidden)), cache
+
+    @torch_in_torch_out
+    def step(
+        self,
+        input_ids: Int[Array, "B 1"],
+        caches: Caches,
+        integration_timesteps: Float[Array, "B 1"] | Float[Array, " B"] | None = None,
+    ) -> tuple[CausalLMOutput, Caches]:
+        """One token: `(output, caches)` from ids (B, 1) and the caches before it, which are left as they are.
+
+        Raises:
+            ValueError: an attention layer that is not causal.
+        """
+        hidden, caches = self.backbone.step(input_ids, caches, integration_timesteps)
+        return CausalLMOutput(self._logits(hidden)), caches
+
+    def allocate_inference_cache(self, batch_size: int, max_seqlen: int, dtype: DTypeLike | None = None) -> Caches:
+        """{layer index: cache of its mixer}, for sequences of at most `max_seqlen` steps (attention; others are free).
+
+        Raises:
+            ValueError: an attention layer that is not causal.
+        """
+        return self.backbone.allocate_inference_cache(batch_size, max_seqlen, dtype)
+
+    def tie_weights(self) -> None:
+        """Let the head share the embedding's weight."""
+        self.lm_head = TiedHead(self.backbone.embedding.embedding, self.precision)
+        self._config = _encode(**{**self.config, "tie_embeddings": True})
+
+    def save_pretrained(self, save_directory: str | Path) -> None:
+        """Write config.json, with every constructor argument, and model.safetensors (tied weights once)."""
+        from safetensors.flax import save_file
+
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = self.state_dict()
+        if isinstance(self.lm_head, TiedHead):
+            del tensors["lm_head.weight"]
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        (folder / "config.json").write_text(json.dumps(self.config, indent=2) + "\n")
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_path: str | Path, **kwargs: Any) -> LRNNLMHeadModel:
+        """A model from a folder that this class or lrnnx wrote, in eval mode.
+
+        Args:
+            pretrained_model_path: holds config.json and model.safetensors or pytorch_model.bin.
+            **kwargs: constructor arguments that replace those of config.json. lrnnx does not write `mixer_kwargs`:
+                pass what its mixers were made with.
+
+        Raises:
+            FileNotFoundError: a file is missing. TypeError, ValueError: the arguments do not make a model.
+            CheckpointError: the weights do not fit it.
+        """
+        folder = Path(pretrained_model_path)
+        config = json.loads((folder / "config.json").read_text())
+        weights = next((folder / name for name in _WEIGHTS if (folder / name).exists()), None)
+        if weights is None:
+            raise FileNotFoundError(f"{folder} has none of {', '.join(_WEIGHTS)}")
+        model = nnx.eval_shape(lambda: cls(**{**config, **kwargs}))
+        model.load_state_dict(read_state_dict(weights), dtype=kwargs.get("param_dtype", kwargs.get("dtype")))
+        model.eval()
+        return model
+
+    def _logits(self, hidden: Float[Array, "B L H"]) -> Float[Array, "B L V"]:
+        logits = self.lm_head(hidden)
+        return logits if self.dtype is None else logits.astype(self.dtype)
+
+
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+
+
+def _encode(**config: Any) -> str:
+    """A hashable form of the configuration; dtypes by name."""
+    return json.dumps(config, default=lambda value: np.dtype(value).name)
+
+
+def _norm(rms: bool) -> Callable[..., nnx.LayerNorm | nnx.RMSNorm]:
+    return rms_norm if rms else layer_norm
+
+
+def _init_weights(
+    model: nnx.Module,
+    n_layer: int,
+    initializer_range: float = 0.02,
+    rescale_prenorm_residual: bool = True,
+    n_residuals_per_layer: int = 1,
+    *,
+    rngs: nnx.Rngs,
+) -> None:
+    """GPT-2's initialisation: small embeddings, no biases, projections into the residual scaled by depth."""
+    for path, module in nnx.iter_modules(model):
+        if isinstance(module, nnx.Embed):
+            embedding = module.embedding
+            drawn = initializer_range * jax.random.normal(rngs.params(), embedding.shape)
+            embedding.set_value(drawn.astype(embedding.dtype))
+        elif isinstance(module, nnx.Linear):
+            bias, kernel = module.bias, module.kernel
+            if bias is not None and not bias.get_metadata().get("no_reinit"):
+                bias.set_value(jnp.zeros_like(bias[...]))
+            if rescale_prenorm_residual and path and path[-1] in ("out_proj", "fc2"):
+                bound = (kernel.shape[0] * n_residuals_per_layer * n_layer) ** -0.5
+                kernel.set_value(symmetric_uniform(bound)(rngs.params(), kernel.shape, kernel.dtype))
