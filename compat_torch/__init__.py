@@ -14,13 +14,15 @@ if TYPE_CHECKING:
     from . import optim
     from .checkpoint import load, read_state_dict
     from .decoding import decode
-    from .models.lti import LRU, S5
+    from .models.lti import LRU, S4, S4D, S5
     from .models.ltv import Mamba
     from .random import manual_seed
     from .state import load_state_dict, state_dict
 
 __all__ = [
     "LRU",
+    "S4",
+    "S4D",
     "S5",
     "Mamba",
     "__version__",
@@ -35,6 +37,8 @@ __all__ = [
 
 _HOME = {
     "LRU": "compat_torch.models.lti",
+    "S4": "compat_torch.models.lti",
+    "S4D": "compat_torch.models.lti",
     "S5": "compat_torch.models.lti",
     "Mamba": "compat_torch.models.ltv",
     "__version__": "spyx",

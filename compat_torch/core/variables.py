@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 from flax import nnx
+from flax.typing import HashableMapping
 from jaxtyping import Array
 
 
@@ -31,7 +32,7 @@ def hint(
         no_reinit: a whole model's initialisation leaves it as it is (`_no_reinit`).
     """
     optim = {name: value for name, value in (("lr", lr), ("weight_decay", weight_decay)) if value is not None}
-    hints = {"optim": optim, "no_weight_decay": no_weight_decay, "no_reinit": no_reinit}
+    hints = {"optim": optim and HashableMapping(optim), "no_weight_decay": no_weight_decay, "no_reinit": no_reinit}
     variable.set_metadata(**{name: value for name, value in hints.items() if value})
     return variable
 

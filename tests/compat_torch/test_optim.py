@@ -30,6 +30,11 @@ def test_a_learning_rate_of_zero_is_a_buffer():
     assert isinstance(layer.A, nnx.Param)
 
 
+def test_hints_are_static_parts_of_a_compiled_module():
+    hash(nnx.split(Layer())[0])
+    np.testing.assert_array_equal(nnx.jit(lambda module: module.A[...] + 1)(Layer()), 2)
+
+
 def test_groups_and_labels():
     layer = Layer()
     assert optim.groups(layer) == {

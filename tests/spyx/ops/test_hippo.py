@@ -113,7 +113,7 @@ def test_random_parts():
     logs = np.log(-np.asarray(rand.A.imag))
     assert abs(logs.mean()) < 0.1
     assert abs(logs.std() - 1) < 0.1
-    assert 0 <= -rand.A.real.max()
+    assert -rand.A.real.max() >= 0
     assert -rand.A.real.min() <= 1
     np.testing.assert_allclose(np.mean(np.abs(rand.B) ** 2), 1, rtol=0.1)
     np.testing.assert_allclose(np.mean(np.abs(rand.P) ** 2), 9, rtol=0.1)
