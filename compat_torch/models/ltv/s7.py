@@ -1,0 +1,131 @@
+"""lrnnx's S7."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from spyx.ops import linear_scan
+from spyx.ops.dtypes import state_dtype, widen
+
+from ...core.discretization import Reference
+from ...core.layers import linear
+from ...random import default_rngs
+from ._scanned import ScannedLTV
+from .base import Cache
+
+_BLOCK = 2**20  # elements of B_t or C_t alive at once, unless one step needs more
+
+
+class S7(ScannedLTV):
+    """S7, in which everything but the projections depends on the input: (B, L, d_model) -> (B, L, d_model).
+
+    With u = in_proj(x) and [A', B, C, D, b] = x_proj(u), for H = d_model and N = d_state: A_t = base_params + A'_t,
+    A_bar_t = 1 - 1 / (A_t^2 + 1/2), h_t = A_bar_t h_{t-1} + B_t^T u_t + b_t, y_t = C_t h_t + D_t u_t; the output is
+    x + sigmoid(gate_proj(gelu(y))) y: the layer adds its own residual. B_t and C_t are (H, N) matrices for every step:
+    they are made in blocks of steps, forward and again backward, so that nothing of size (B, L, H, N) exists.
+
+    Args:
+        d_model: width H.
+        d_state: number N of states.
+        J: equal blocks of the HiPPO initialisation; divides d_state.
+        use_fast_path, layer_idx, device: no effect (device: None or "cpu").
+        dtype: of the parameters and the output; None is float32 parameters and output in the dtype of the input.
+            base_params stays float32.
+        reference: "lrnnx" or "paper"; for this class they are the same arithmetic.
+        precision: of every matrix product, as in `jax.lax.dot`.
+        param_dtype: of the parameters; None is `dtype`, or float32.
+        rngs: random streams; None draws from the process-wide one (`compat_torch.manual_seed`).
+
+    Parameters, by the reference's names: base_params (N,), in_proj.weight (H, H), x_proj.weight (2 N + 2 H N + H, H)
+    with rows [A' N | B (H, N) | C (H, N) | D H | b N], gate_proj.weight (H, H). base_params starts at the real part of
+    the eigenvalues of HiPPO-LegS, which is -1/2 for all of them and every J: A_bar starts near -1/3, as in the
+    reference. Cache: lrnn_state (B, N), seqlen_offset (B,).
+
+    Where lrnnx 1.0.0 is wrong and this class is not, whatever `reference`: forward leaves the cache as it is; a second
+    forward with it is a step that drops all but one input; `lengths` and `integration_timesteps` have no effect (here
+    the latter raises).
+
+    Raises:
+        ValueError: a size that is not a positive integer, J that does not divide d_state, unknown reference or device.
+
+    Source: S7 (arXiv:2410.03464); lrnnx 1.0.0 `lrnnx.models.ltv.S7`.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int,
+        J: int = 1,
+        use_fast_path: bool = True,
+        layer_idx: int | None = None,
+        device: Any = None,
+        dtype: DTypeLike | None = None,
+        *,
+        reference: Reference = "lrnnx",
+        precision: jax.lax.PrecisionLike = "highest",
+        param_dtype: DTypeLike | None = None,
+        rngs: nnx.Rngs | None = None,
+    ):
+        super().__init__(reference=reference, precision=precision, dtype=dtype, param_dtype=param_dtype)
+        self._check_device(device)
+        self._check_sizes(d_model=d_model, d_state=d_state, J=J)
+        if d_state % J:
+            raise ValueError(f"S7: J must divide d_state = {d_state}, got {J}")
+        self.d_model, self.d_state, self.J = d_model, d_state, J
+        self.use_fast_path, self.layer_idx = use_fast_path, layer_idx
+
+        rngs = default_rngs(rngs)
+        H, N = d_model, d_state
+        common = {"bias": False, "param_dtype": self.param_dtype, "precision": precision, "rngs": rngs}
+        wide = widen(jnp.zeros((), self.param_dtype)).dtype
+        self.base_params = nnx.Param(jnp.full((N,), -0.5, wide))
+        self.in_proj = linear(H, H, **common)
+        self.x_proj = linear(H, 2 * N + 2 * H * N + H, **common)
+        weight = 0.02 * jax.random.normal(rngs.params(), self.x_proj.kernel.shape)
+        self.x_proj.kernel.set_value(weight.astype(self.param_dtype))
+        self.gate_proj = linear(H, H, **common)
+
+    def _scan(
+        self,
+        x: Float[Array, "L B H"],
+        timesteps: Float[Array, "L B"] | None,
+        lengths: Int[Array, " B"] | None,
+        state: Cache | None,
+    ) -> tuple[Float[Array, "L B H"], Cache]:
+        H, N = self.d_model, self.d_state
+        u = self.in_proj(x)
+        ends = (N, N + H * N, N + 2 * H * N, N + 2 * H * N + H)
+        to_A, to_B, to_C, to_D, to_bias = jnp.split(self.x_proj.kernel[...], ends, axis=1)
+        real = state_dtype(u, self.base_params[...])
+        dot = partial(jnp.einsum, precision=self.precision, preferred_element_type=real)
+
+        def drive(u: Float[Array, "B H"]) -> Float[Array, "B N"]:
+            return dot("bhn,bh->bn", dot("bk,kj->bj", u, to_B).reshape(-1, H, N), u.astype(real))
+
+        def read_out(u: Float[Array, "B H"], h: Float[Array, "B N"]) -> Float[Array, "B H"]:
+            return dot("bhn,bn->bh", dot("bk,kj->bj", u, to_C).reshape(-1, H, N), h)
+
+        steps = max(1, _BLOCK // max(1, x.shape[1] * H * N))
+        A = self.base_params[...] + dot("lbk,kn->lbn", u, to_A)
+        inputs = _over_steps(drive, steps, u) + dot("lbk,kn->lbn", u, to_bias)
+        h0 = None if state is None else state["lrnn_state"]
+        h, last = linear_scan(1 - 1 / (A * A + 0.5), inputs, h0, lengths=lengths)
+        y = _over_steps(read_out, steps, u, h) + dot("lbk,kh->lbh", u, to_D) * u
+        gate = jax.nn.sigmoid(self.gate_proj(jax.nn.gelu(y, approximate=False)))
+        return x + gate * y, {"lrnn_state": last}
+
+    def _zero_state(self, batch_size: int, dtype: DTypeLike) -> Cache:
+        return {"lrnn_state": jnp.zeros((batch_size, self.d_state), widen(jnp.zeros((), dtype)).dtype)}
+
+
+def _over_steps(f, steps: int, *arrays: Float[Array, "L B *_"]) -> Float[Array, "L B *_"]:
+    """`f` of every step, `steps` of them at a time; what it makes on the way is made again for the backward pass."""
+    one = jax.checkpoint(f)
+    return jax.lax.map(lambda args: one(*args), arrays, batch_size=steps)
