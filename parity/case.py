@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import fnmatch
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import safe_open
 from safetensors.numpy import load_file
 
 GOLDEN = Path(__file__).parent / "golden"
 
 Arrays = dict[str, np.ndarray]
+
+STEP_LIMIT = 3e-5  # of steps, relative to max(1, max|y|)
+
+_RECORDED = {"x", "input_ids", "y", "logits", "y64", "logits64", "w"}
 
 
 @dataclass(frozen=True)
@@ -27,7 +32,10 @@ class Run:
         y64: output of the reference in float64.
         w: weights of the loss sum(y * w); None where no gradients are stored.
         grads: gradients of that loss by parameter name, and of the input under "x".
+        grads64: the same gradients of the reference in float64; may be empty.
         step: output of the reference, step by step.
+        inputs: what the reference got besides `x`, by argument name, such as integration_timesteps.
+        visible: where `x` counts, 1 or 0, broadcast against it; None is everywhere.
     """
 
     name: str
@@ -36,7 +44,10 @@ class Run:
     y64: np.ndarray
     w: np.ndarray | None = None
     grads: Arrays = field(default_factory=dict)
+    grads64: Arrays = field(default_factory=dict)
     step: np.ndarray | None = None
+    inputs: Arrays = field(default_factory=dict)
+    visible: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -49,6 +60,8 @@ class Case:
         kwargs: its constructor arguments.
         weights: its state_dict.
         runs: at least one.
+        initial: its state_dict before the first forward, where that differs (S4); the outputs are the same.
+        remark: what of the reference's record is known to be wrong, and what stands in for it.
     """
 
     name: str
@@ -56,6 +69,8 @@ class Case:
     kwargs: dict[str, Any]
     weights: Arrays
     runs: tuple[Run, ...]
+    initial: Arrays | None = None
+    remark: str = ""
 
 
 def find_cases(folder: Path, pattern: str = "*") -> list[Path]:
@@ -77,26 +92,96 @@ def case_class(path: Path) -> str:
 
 
 def read_case(path: Path) -> Case:
-    """Read a case folder: case.json, weights.safetensors, io.safetensors and io_L<n>.safetensors."""
+    """Read a case folder: case.json, weights, io and io_L<n>.safetensors; weights_init and grads64 where they exist.
+
+    Where there is io_amended.safetensors, made by the reference without a defect that its metadata names in "remark",
+    it takes the place of io.safetensors.
+    """
     meta = json.loads((path / "case.json").read_text())
-    files = [path / "io.safetensors", *sorted(path.glob("io_L*.safetensors"), key=_length_of)]
-    runs = tuple(_read_run(file, meta.get("time_axis", 1)) for file in files)
-    return Case(path.name, meta["cls"], meta["kwargs"], load_file(path / "weights.safetensors"), runs)
+    first_run, remark = path / "io.safetensors", ""
+    if (path / "io_amended.safetensors").exists():
+        first_run = path / "io_amended.safetensors"
+        with safe_open(first_run, "numpy") as file:
+            remark = file.metadata()["remark"]
+    files = [first_run, *sorted(path.glob("io_L*.safetensors"), key=_length_of)]
+    time_axis = meta.get("time_axis", 1)
+    runs = tuple(run for file in files for run in _split_lengths(_read_run(file, time_axis), time_axis))
+    weights = load_file(path / "weights.safetensors")
+    first = path / "weights_init.safetensors"
+    initial = load_file(first) if first.exists() else None
+    exact = path / "grads64.safetensors"
+    if exact.exists():
+        runs = (replace(runs[0], grads64=_grads(load_file(exact), "grad64.")), *runs[1:])
+    return amended(Case(path.name, meta["cls"], meta["kwargs"], weights, runs, initial, remark))
+
+
+def amended(case: Case) -> Case:
+    """The case with the right answer in place of what the reference is known to compute wrongly."""
+    remarks, runs = [case.remark], []
+    wrong_step = case.cls == "lrnnx.models.ltv.mamba:Mamba" and case.kwargs.get("discretization") == "bilinear"
+    sees_all = "attn" in case.kwargs.get("mixer_types", ()) and not case.kwargs["mixer_kwargs"]["attn"].get("causal")
+    for run in case.runs:
+        if run.step is not None and sees_all:
+            remarks.append("the reference's step skips its attention layer, which is not causal: no step to compare")
+            run = replace(run, step=None)
+        if run.step is not None and (wrong_step or _step_is_inaccurate(run)):
+            why = "uses exp(dt A)" if wrong_step else f"is off by {_largest(run.step - run.y64):.0e}"
+            remarks.append(f"the reference's step {why}: steps compared with its float64 forward")
+            run = replace(run, step=run.y64.astype(run.step.dtype))
+        if "lengths" in run.inputs and run.y.ndim > 2:
+            remarks.append("the reference's outputs past the lengths are not 0: compared as they are without lengths")
+        runs.append(run)
+    return replace(case, runs=tuple(runs), remark="; ".join(filter(None, remarks)))
+
+
+def _step_is_inaccurate(run: Run) -> bool:
+    """Whether the steps are the forward pass, but further from float64 than the limit of the comparison."""
+    limit = STEP_LIMIT * max(1.0, _largest(run.y))
+    return run.step is not None and _largest(run.step - run.y) <= limit < _largest(run.step - run.y64)
+
+
+def _largest(array: np.ndarray) -> float:
+    return float(np.max(np.abs(array), initial=0.0))
+
+
+def _split_lengths(run: Run, time_axis: int) -> list[Run]:
+    """A run with lengths as two: what the reference did, zeros for padding and no lengths; and what it means.
+
+    Outputs that are pooled over time, (B, ...) of two axes, depend on the lengths in the reference too: one run.
+    """
+    if "lengths" not in run.inputs or run.y.ndim < 3:
+        return [run]
+    shape = [-1, 1, 1]
+    shape[time_axis] = run.x.shape[time_axis]
+    visible = np.arange(run.x.shape[time_axis]) < run.inputs["lengths"][:, None]
+    visible = visible.reshape(shape).astype(run.x.dtype)
+    others = {name: value for name, value in run.inputs.items() if name != "lengths"}
+    padded = replace(run, name=f"{run.name} padded", inputs=others, visible=visible)
+    masked = replace(
+        run, name=f"{run.name} lengths", y=run.y * visible, y64=run.y64 * visible, w=None, grads={}, step=None
+    )
+    return [padded, masked]
 
 
 def _length_of(file: Path) -> int:
     return int(file.stem.removeprefix("io_L"))
 
 
+def _grads(arrays: Arrays, prefix: str) -> Arrays:
+    return {name.removeprefix(prefix): value for name, value in arrays.items() if name.startswith(prefix)}
+
+
 def _read_run(file: Path, time_axis: int) -> Run:
     io = load_file(file)
-    grads = {name.removeprefix("grad."): value for name, value in io.items() if name.startswith("grad.")}
+    inputs = {name: value for name, value in io.items() if name not in _RECORDED and "." not in name}
+    x, y = ("x", "y") if "x" in io else ("input_ids", "logits")
     return Run(
-        name=f"L={io['x'].shape[time_axis]}",
-        x=io["x"],
-        y=io["y"],
-        y64=io["y64"],
+        name=f"L={io[x].shape[time_axis]}",
+        x=io[x],
+        y=io[y],
+        y64=io[f"{y}64"],
         w=io.get("w"),
-        grads=grads,
-        step=io.get("step.y"),
+        grads=_grads(io, "grad."),
+        step=io.get(f"step.{y}"),
+        inputs=inputs,
     )

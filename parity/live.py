@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib
 import sys
 import types
 from collections.abc import Iterator
+from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
-from .case import Case, Run
+import numpy as np
+
+from .case import Case, Run, amended
 
 LRNNX = "lrnnx==1.0.0.post1"
 INSTALL = f"""pip install torch
@@ -18,6 +22,26 @@ pip install --no-build-isolation --no-deps {LRNNX}
 pip install einops opt-einsum triton"""
 
 _DISCRETIZATIONS = ("zoh", "bilinear", "dirac")
+_SCANS = ("selective_scan", "simplified_scan", "rglru_scan", "s7_scan")
+_S4 = {
+    "default": {},
+    "nontransposed": {"transposed": False},
+    "gate3_ch2_bottleneck1": {"gate": 3, "channels": 2, "bottleneck": 1},
+    "fast_untied_tiled": {"dt_fast": True, "dt_tie": False, "n_ssm": 2, "transposed": False},
+    "relu_softplus": {"real_transform": "relu", "imag_transform": "softplus", "dt_transform": "sigmoid"},
+    "mix_final_none": {"init": ["legs", "diag-inv"], "final_act": None, "swap_channels": True, "channels": 3},
+    "rand_short": {"init": "diag-rand", "B_init": "random", "l_max": 5, "transposed": False},
+}
+_S4D = {
+    "bilinear": {"disc": "bilinear", "init": "diag-quad", "imag_scale": 0.5},
+    "real_bilinear": {"disc": "bilinear", "is_real": True, "init": "diag-real"},
+    "deterministic": {"deterministic": True, "init": "fourier"},
+}
+_S4_DPLR = {
+    "l_max": {"l_max": 17},
+    "rank2": {"rank": 2, "init": "legt", "l_max": 31},
+    "rank3": {"rank": 3, "init": "dplr-inv", "l_max": 64, "transposed": False},
+}
 _SHAPES = ((1, 1, 1, 1), (2, 17, 4, 8), (3, 31, 5, 3), (2, 23, 2, 16), (1, 200, 7, 6))
 
 
@@ -25,16 +49,96 @@ class ReferenceMissingError(ImportError):
     """The reference library is not installed; the message says how to install it."""
 
 
-def configurations() -> list[tuple[str, dict[str, Any], tuple[int, int, int]]]:
-    """(reference class, constructor arguments, shape (B, L, H) of the input) of every live case."""
-    found: list[tuple[str, dict[str, Any], tuple[int, int, int]]] = []
+@dataclass(frozen=True)
+class Configuration:
+    """What to build and feed.
+
+    Attributes:
+        cls: the reference class, "package.module:Class".
+        kwargs: its constructor arguments.
+        shape: (B, L, H) of the input.
+        event: with random integration_timesteps.
+        label: part of the name.
+    """
+
+    cls: str
+    kwargs: dict[str, Any]
+    shape: tuple[int, int, int]
+    event: bool = False
+    label: str = ""
+
+    @property
+    def name(self) -> str:
+        """For the report."""
+        sizes = "x".join(map(str, (*self.shape, self.kwargs.get("d_state", 1))))
+        words = (
+            self.cls.split(":")[1].lower(),
+            self.label,
+            self.kwargs.get("discretization"),
+            "event" * self.event,
+            sizes,
+        )
+        return "_".join(filter(None, words))
+
+
+def configurations() -> list[Configuration]:
+    """Every live case."""
+    found: list[Configuration] = []
     for B, L, H, N in _SHAPES:
-        sizes = {"d_model": H, "d_state": N}
-        found.append(("lrnnx.models.lti.lru:LRU", sizes, (B, L, H)))
+        sizes, shape = {"d_model": H, "d_state": N}, (B, L, H)
+        found.append(Configuration("lrnnx.models.lti.lru:LRU", sizes, shape))
         for discretization in _DISCRETIZATIONS:
-            found.append(("lrnnx.models.lti.s5:S5", {**sizes, "discretization": discretization}, (B, L, H)))
+            kwargs = {**sizes, "discretization": discretization}
+            found.append(Configuration("lrnnx.models.lti.s5:S5", kwargs, shape))
     sizes = {"d_model": 3, "d_state": 4, "discretization": "no_discretization"}
-    found.append(("lrnnx.models.lti.s5:S5", sizes, (2, 7, 3)))
+    found.append(Configuration("lrnnx.models.lti.s5:S5", sizes, (2, 7, 3)))
+    for index, discretization in enumerate((*_DISCRETIZATIONS, "mamba")):
+        for event in (False, True):
+            B, L, H, N = _SHAPES[(index + event) % len(_SHAPES)]
+            options = {"d_conv": 3, "expand": 1, "dt_rank": 2, "bias": True, "conv_bias": False} if event else {}
+            kwargs = {"d_model": H, "d_state": N, "discretization": discretization, **options}
+            found.append(Configuration("lrnnx.models.ltv.mamba:Mamba", kwargs, (B, L, H), event))
+    found += _event_s5() + _gated() + _centaurus()
+    for name, special in (("s4d:S4D", _S4D), ("s4:S4", _S4_DPLR)):
+        for index, (label, options) in enumerate({**_S4, **special}.items()):
+            kwargs = {"d_model": 4, "d_state": 8, "verbose": False, **options}
+            if name == "s4:S4" and "gate" in kwargs:  # with more channels the reference raises
+                kwargs["channels"] = 1
+            shape = (1 + index % 3, (17, 1, 31, 8)[index % 4], 4)
+            found.append(Configuration(f"lrnnx.models.lti.{name}", kwargs, shape, label=label))
+    return found
+
+
+def _event_s5() -> list[Configuration]:
+    found = []
+    for index, discretization in enumerate(_DISCRETIZATIONS):
+        for event in (False, True):
+            B, L, H, N = _SHAPES[(index + 3 * event) % len(_SHAPES)]
+            options = {"conj_sym": True, "step_rescale": 1.5} if (index + event) % 2 else {}
+            kwargs = {"d_model": H, "d_state": N, "discretization": discretization, **options}
+            found.append(Configuration("lrnnx.models.ltv.s5:S5", kwargs, (B, L, H), event, "ltv"))
+    return found
+
+
+def _gated() -> list[Configuration]:
+    options = {"d_conv": 3, "expand": 2, "c": 4.0, "a_init_range": (0.4, 0.95), "conv_bias": False, "bias": True}
+    found = []
+    for index, (B, L, H, N) in enumerate(_SHAPES):
+        kwargs = {"d_model": H, **(options if index % 2 else {})}
+        found.append(Configuration("lrnnx.models.ltv.rglru:RGLRU", kwargs, (B, L, H)))
+        kwargs = {"d_model": H, "d_state": N, "J": 1 + index % 2 if N % 2 == 0 else 1, "use_fast_path": False}
+        found.append(Configuration("lrnnx.models.ltv.s7:S7", kwargs, (B, L, H)))
+    return found
+
+
+def _centaurus() -> list[Configuration]:
+    """At these sizes the reference does not choose its kernel strategy, in which it raises."""
+    found = []
+    for B, L, H, N in ((1, 1, 1, 1), (2, 17, 4, 8), (2, 31, 5, 3), (1, 200, 7, 6)):
+        modes = (("Neck", N), ("PWNeck", N), ("DWS", H), ("Full", H * H))
+        for mode, d_state in modes:
+            kwargs = {"d_model": H, "d_state": d_state, "sub_state_dim": 1 + (H - 1) % 4}
+            found.append(Configuration(f"lrnnx.models.lti.centaurus:Centaurus{mode}", kwargs, (B, L, H)))
     return found
 
 
@@ -47,8 +151,8 @@ def live_cases(seed: int) -> Iterator[Case]:
     Raises:
         ReferenceMissingError: lrnnx cannot be imported.
     """
-    for index, (cls, kwargs, shape) in enumerate(configurations()):
-        yield _make_case(_import_class(cls), cls, kwargs, shape, seed + index)
+    for index, configuration in enumerate(configurations()):
+        yield _make_case(_import_class(configuration.cls), configuration, seed + index)
 
 
 def _import_class(cls: str) -> Any:
@@ -56,45 +160,90 @@ def _import_class(cls: str) -> Any:
     for extension in ("selective_scan_cuda", "simplified_scan_cuda"):
         sys.modules.setdefault(extension, types.ModuleType(extension))
     try:
-        return getattr(importlib.import_module(module), name)
+        found = importlib.import_module(module)
+        for scan in _SCANS:
+            if hasattr(found, f"{scan}_fn"):
+                on_cpu = getattr(importlib.import_module(f"lrnnx.ops.{scan}"), f"{scan}_ref")
+                vars(found).update({f"{scan}_fn": on_cpu, "selective_state_update": None})
+        return getattr(found, name)
     except ImportError as err:
         raise ReferenceMissingError(
             f"the reference cannot be imported ({err}); in an environment of its own, install it with\n{INSTALL}"
         ) from err
 
 
-def _make_case(reference: Any, cls: str, kwargs: dict[str, Any], shape: tuple[int, int, int], seed: int) -> Case:
+def _make_case(reference: Any, configuration: Configuration, seed: int) -> Case:
     import torch
 
+    kwargs, shape = configuration.kwargs, configuration.shape
     torch.manual_seed(seed)
+    np.random.seed(seed)
     model = reference(**kwargs)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1 + 0.05 * torch.randn_like(parameter))
-    weights = {name: value.numpy().copy() for name, value in model.state_dict().items()}
-    x, w = torch.randn(shape), torch.randn(shape)
+    initial, model64 = _weights(model), copy.deepcopy(model)
+    transposed = getattr(model, "transposed", False)
+    x = torch.randn(shape).transpose(1, 2) if transposed else torch.randn(shape)
+    extra = {"integration_timesteps": 0.1 + 2 * torch.rand(shape[:2])} if configuration.event else {}
 
     inputs = x.clone().requires_grad_()
-    y = model(inputs)
-    (y * w).sum().backward()
-    grads = {name: p.grad.numpy() for name, p in model.named_parameters() if p.grad is not None}
-    (grads["x"],) = (p.grad.numpy() for p in [inputs] if p.grad is not None)
+    y = _output(model(inputs, **extra))
+    w = torch.randn(y.shape)
+    grads = _gradients(model, inputs, y, w)
+    weights = _weights(model)
+    steps = None
     with torch.no_grad():
-        cache, steps = model.allocate_inference_cache(shape[0]), []
-        for t in range(shape[1]):
-            y_t, cache = model.step(x[:, t], cache)
-            steps.append(y_t.clone())
-        with _everything_in_64_bits():
-            model64 = reference(**kwargs)
-            model64.load_state_dict(model.state_dict())
-            y64 = model64.double()(x.double())
+        if not kwargs.get("is_real"):
+            steps = _steps(model, x.transpose(1, 2) if transposed else x, extra)
+    with _everything_in_64_bits():
+        inputs64 = x.double().requires_grad_()
+        for parameter in model64.double().parameters():
+            if parameter.is_complex():
+                parameter.data = parameter.data.to(torch.complex128)
+        y64 = _output(model64(inputs64, **{name: value.double() for name, value in extra.items()}))
+        grads64 = _gradients(model64, inputs64, y64, w.double())
     run = Run(
-        name=f"L={shape[1]}", x=x.numpy(), y=y.detach().numpy(), y64=y64.numpy(),
-        w=w.numpy(), grads=grads, step=torch.stack(steps, 1).numpy(),
+        name=f"L={shape[1]}", x=x.numpy(), y=y.detach().numpy(), y64=y64.detach().numpy(), w=w.numpy(), grads=grads,
+        grads64=grads64, step=np.moveaxis(steps, 1, 2) if transposed and steps is not None else steps,
+        inputs={name: value.numpy() for name, value in extra.items()},
     )  # fmt: skip
-    sizes = "x".join(map(str, (*shape, kwargs["d_state"])))
-    name = "_".join([cls.split(":")[1].lower(), *filter(None, [kwargs.get("discretization")]), sizes])
-    return Case(name, cls, kwargs, weights, (run,))
+    changed = any(not np.array_equal(initial[name], weights[name]) for name in weights)
+    before = initial if changed else None
+    return amended(Case(configuration.name, configuration.cls, kwargs, weights, (run,), before))
+
+
+def _weights(model: Any) -> dict[str, np.ndarray]:
+    return {name: value.numpy().copy() for name, value in model.state_dict().items()}
+
+
+def _output(result: Any) -> Any:
+    """The outputs, without the state that S4 returns beside them."""
+    return result[0] if isinstance(result, tuple) else result
+
+
+def _gradients(model: Any, x: Any, y: Any, w: Any) -> dict[str, np.ndarray]:
+    """Of sum(y * w), by parameter name, and of the input under "x"; a complex one as (re, im) on a trailing axis."""
+    import torch
+
+    (y * w).sum().backward()
+    named = {**dict(model.named_parameters()), "x": x}
+    grads = {name: value.grad.resolve_conj() for name, value in named.items() if value.grad is not None}
+    return {name: (torch.view_as_real(g) if g.is_complex() else g).numpy() for name, g in grads.items()}
+
+
+def _steps(model: Any, x: Any, extra: dict[str, Any]) -> np.ndarray:
+    """The reference's outputs step by step: LTI layers take (B, H), the others (B, 1, H)."""
+    import torch
+
+    varying = ".ltv." in type(model).__module__
+    cache = model.allocate_inference_cache(x.shape[0], *([1] if varying else []))
+    steps = []
+    for t in range(x.shape[1]):
+        now = slice(t, t + 1) if varying else t
+        y_t, cache = model.step(x[:, now], cache, **{name: value[:, now] for name, value in extra.items()})
+        steps.append(y_t.reshape(x.shape[0], -1).clone())
+    return torch.stack(steps, 1).numpy()
 
 
 @contextlib.contextmanager

@@ -31,16 +31,31 @@ def test_every_known_case_is_found():
     names = [path.name for path in KNOWN]
     assert len([name for name in names if name.startswith("lrnnx_s5lti_")]) == 9
     assert len([name for name in names if name.startswith("lrnnx_lru_")]) == 2
+    assert len([name for name in names if name.startswith("lrnnx_mamba_")]) == 16
+    assert len([name for name in names if name.startswith(("lrnnx_s4_", "lrnnx_s4d_"))]) == 58
 
 
-@pytest.mark.parametrize("path", KNOWN, ids=lambda path: path.name)
-def test_golden_cases_are_identical(path):
+def check_golden(path):
+    case = read_case(path)
+    has_steps = any(run.step is not None for run in case.runs)
     for row in rows(paths=[path]):
         assert row.verdict == "identical", row.note
-        assert None not in (row.forward, row.step, row.gradient, row.relative)
+        assert None not in (row.forward, row.gradient, row.relative)
+        assert (row.step is not None) == has_steps
 
 
-@pytest.mark.parametrize("path", KNOWN[::5], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", KNOWN[::8], ids=lambda path: path.name)
+def test_golden_cases_are_identical(path):
+    check_golden(path)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("path", KNOWN, ids=lambda path: path.name)
+def test_golden_cases_are_identical_everywhere(path):
+    check_golden(path)
+
+
+@pytest.mark.parametrize("path", KNOWN[3::16], ids=lambda path: path.name)
 @pytest.mark.parametrize("precision", ["float64", "bfloat16"])
 def test_other_precisions(path, precision):
     for row in rows(precision, [path]):
@@ -171,8 +186,11 @@ def test_live_without_the_reference_says_how_to_install_it(monkeypatch):
 
 
 def test_live_configurations_cover_every_class_and_discretization():
-    classes = {cls for cls, _, _ in live.configurations()}
-    assert all(subjects_of(cls) for cls in classes)
-    assert {kwargs.get("discretization") for _, kwargs, _ in live.configurations()} == {
-        None, "zoh", "bilinear", "dirac", "no_discretization",
-    }  # fmt: skip
+    found = live.configurations()
+    assert all(subjects_of(configuration.cls) for configuration in found)
+    assert len({configuration.name for configuration in found}) == len(found)
+    discretizations = {(c.cls.split(":")[1], c.event, c.kwargs.get("discretization")) for c in found}
+    usual = {"zoh", "bilinear", "dirac"}
+    assert {d for name, _, d in discretizations if name == "S5"} == {*usual, "no_discretization"}
+    for event in (False, True):
+        assert {d for name, e, d in discretizations if (name, e) == ("Mamba", event)} == {*usual, "mamba"}
