@@ -164,6 +164,39 @@ def _exp_floor(case: Case) -> Prepared:
     return _jax_prepared(exponentials, (jnp.asarray(v["dt"]),))
 
 
+def _dual_inputs(case: Case) -> tuple[np.ndarray, ...]:
+    """x, dt, A, B, C, D of the state-space dual scan, time first, with one group."""
+    B, L, H, P, N = case["shape"]
+    v = _noise(case, x=(L, B, H, P), dt=(L, B, H), B=(L, B, 1, N), C=(L, B, 1, N), D=(H,))
+    dt, A = np.log1p(np.exp(v["dt"] - 3)), -np.arange(1, H + 1, dtype=np.float32)
+    return v["x"], dt, A, v["B"], v["C"], v["D"]
+
+
+def _ours_dual(case: Case) -> Prepared:
+    import jax.numpy as jnp
+
+    from spyx.ops import ssd
+
+    return _jax_prepared(ssd, tuple(map(jnp.asarray, _dual_inputs(case))))
+
+
+def _dual_loop(case: Case) -> Prepared:
+    """The recurrence as one lax.scan over time, differentiated by JAX."""
+    import jax
+    import jax.numpy as jnp
+
+    def loop(x, dt, A, B, C, D):
+        def step(h, inputs):
+            x, dt, B, C = inputs
+            h = jnp.exp(dt * A)[..., None, None] * h + (dt[..., None] * x)[..., None] * B[:, :, None]
+            return h, jnp.einsum("bhpn,bgn->bhp", h, C)
+
+        h0 = jnp.zeros((*x.shape[1:], B.shape[-1]))
+        return jax.lax.scan(step, h0, (x, dt, B, C))[1] + D[:, None] * x
+
+    return _jax_prepared(loop, tuple(map(jnp.asarray, _dual_inputs(case))))
+
+
 def _block_sizes(case: Case) -> tuple[int, int, int, int]:
     B, L, D, N = case["shape"]
     return B, L, D // 2, N
@@ -246,9 +279,20 @@ def _lrnnx_ref() -> Callable:
 
 def _transformers(case: Case, threads: int) -> Prepared:
     import torch
-    from transformers import MambaConfig
+    from transformers import Mamba2Config, MambaConfig
     from transformers.models.mamba.modeling_mamba import MambaMixer
+    from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
 
+    if case["family"] == "ssd":
+        x, dt, A, Bm, Cm, D = (
+            torch.from_numpy(v.swapaxes(0, 1).copy() if v.ndim > 1 else v) for v in _dual_inputs(case)
+        )
+        chunk = Mamba2Config().chunk_size
+
+        def scan(x, dt, A, B, C, D):
+            return mamba2_chunk_scan(x, dt, A, B, C, chunk, D)
+
+        return _torch_prepared(scan, [x, dt, A, Bm, Cm, D], [], threads)
     B, L, H, N = _block_sizes(case)
     config = MambaConfig(hidden_size=H, state_size=N, expand=2, num_hidden_layers=1, vocab_size=8)
     layer = MambaMixer(config, layer_idx=0)
@@ -276,6 +320,7 @@ CONTESTANTS: dict[str, dict[str, Callable[[Case], Prepared]]] = {
         "exp floor": _exp_floor,
         **_with_threads(_lrnnx, "lrnnx"),
     },
+    "ssd": {"ours": _ours_dual, "lax.scan": _dual_loop, **_with_threads(_transformers, "transformers")},
     "block": {
         "ours": _ours_block,
         **_with_threads(_lrnnx, "lrnnx"),

@@ -22,9 +22,10 @@ HERE = Path(__file__).parent
 SHAPES = {
     "lti": [(1024, 8, 64, 64), (4096, 4, 128, 64), (16384, 1, 128, 128), (256, 32, 256, 256)],
     "selective": [(2, 512, 512, 16), (1, 2048, 1536, 16), (8, 256, 256, 16)],
+    "ssd": [(2, 512, 16, 64, 64), (1, 2048, 24, 64, 128)],
     "block": [(2, 512, 512, 16), (1, 2048, 512, 16)],
 }
-AXES = {"lti": "(T, B, H, N)", "selective": "(B, L, D, N)", "block": "(B, L, D, N)"}
+AXES = {"lti": "(T, B, H, N)", "selective": "(B, L, D, N)", "ssd": "(B, L, H, P, N)", "block": "(B, L, D, N)"}
 SLOW_SECONDS = 1.0
 """A contestant slower than this is timed once, after its warm-up."""
 LENGTHS = [2**k for k in range(10, 18)]

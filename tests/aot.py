@@ -19,8 +19,9 @@ if _SPILLS_ARE_ERRORS not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_SPILLS_ARE_ERRORS}".strip()
 
 import re
+import struct
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -73,13 +74,10 @@ class Compiled:
 
     def registers(self) -> int:
         """Registers per thread of the program's largest kernel (CUDA only)."""
-        blob = self.executable.runtime_executable().serialize()
-        image = blob.find(_ELF)
-        for start in range(image, -1, -1):
-            found = [int.from_bytes(entry[1], "little") for entry in _REGCOUNT.finditer(_unsnap(blob[start:]))]
-            if found:
-                return max(found)
-        raise ValueError("no register count in the serialised executable")
+        counts = register_counts(self.executable.runtime_executable().serialize())
+        if not counts:
+            raise ValueError("no register count in the serialised executable")
+        return max(counts)
 
 
 def compile_for(chip: str, f: Callable, *args: jax.ShapeDtypeStruct) -> Compiled:
@@ -129,21 +127,68 @@ def _device(chip: str) -> jax.Device:
         pytest.skip(message)
 
 
-_ELF = b"\x7fELF\x02\x01"
-_REGCOUNT = re.compile(rb"\x04\x2f\x08\x00.{4}(.{4})", re.DOTALL)
-"""The attribute EIATTR_REGCOUNT of a cubin: format, tag, size, symbol, count."""
+def register_counts(executable: bytes) -> list[int]:
+    """Registers per thread of each kernel of a serialised CUDA executable."""
+    records = _riegeli_records(executable)
+    return [
+        count for cubin in re.finditer(rb"\x7fELF\x02\x01", records) for count in _of_cubin(records[cubin.start() :])
+    ]
+
+
+def _of_cubin(elf: bytes) -> Iterator[int]:
+    """The attributes EIATTR_REGCOUNT, (symbol, count), in the sections SHT_CUDA_INFO."""
+    (table,), (width, number) = struct.unpack_from("<Q", elf, 40), struct.unpack_from("<HH", elf, 58)
+    for header in range(table, table + width * number, width):
+        kind, _, _, at, size = struct.unpack_from("<IQQQQ", elf, header + 4)
+        end = at + size if kind == 0x70000000 else at
+        while at < end:
+            form, attribute, length = struct.unpack_from("<BBH", elf, at)
+            if (form, attribute) == (4, 0x2F):
+                yield struct.unpack_from("<I", elf, at + 8)[0]
+            at += 4 + (length if form == 4 else 0)
+
+
+def _riegeli_records(data: bytes) -> bytes:
+    """The records of the first Riegeli file in `data`, joined.
+
+    Each block of 64 KiB has a header of 24 bytes, inside a chunk too; a chunk has one of 40. Chunks are simple and
+    compressed by snappy: sizes, then values, each after its decoded size.
+    Source: github.com/google/riegeli, doc/riegeli_records_file_format.md.
+    """
+    start = data.find(bytes.fromhex("83af70d10d884a3f"))
+    if start < 0:
+        raise ValueError("no Riegeli file in the serialised executable")
+    data = b"".join(data[block + 24 : block + 2**16] for block in range(start, len(data), 2**16))
+    records, at = bytearray(), 0
+    while data[at + 24 : at + 25] in (b"s", b"r"):
+        body, size = at + 40, int.from_bytes(data[at + 8 : at + 16], "little")
+        at = body + size
+        if not size:
+            continue
+        if data[body : body + 1] != b"s":
+            raise ValueError(
+                f"a chunk of the serialised executable is compressed by {data[body : body + 1]!r}, not snappy"
+            )
+        sizes, body = _varint(data, body + 1)
+        _, body = _varint(data, body + sizes)
+        records += _unsnap(data[body:at])
+    return bytes(records)
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    """The number at `at`, and where it ends."""
+    value = shift = 0
+    while data[at] > 127:
+        value |= (data[at] & 127) << shift
+        shift, at = shift + 7, at + 1
+    return value | data[at] << shift, at + 1
 
 
 def _unsnap(data: bytes) -> bytes:
-    """What the snappy block at the start of `data` decodes to; empty if there is none."""
-    length = shift = at = 0
-    while at < min(5, len(data)):
-        length |= (data[at] & 127) << shift
-        shift, at = shift + 7, at + 1
-        if data[at - 1] < 128:
-            break
+    """What the snappy stream `data` decodes to."""
+    length, at = _varint(data, 0)
     out = bytearray()
-    while len(out) < length and at < len(data):
+    while at < len(data):
         tag, kind = data[at], data[at] & 3
         at += 1
         if kind == 0:
@@ -162,10 +207,12 @@ def _unsnap(data: bytes) -> bytes:
             size, offset = (tag >> 2) + 1, int.from_bytes(data[at : at + width], "little")
         at += width
         if not 0 < offset <= len(out):
-            return b""
-        for _ in range(size):
-            out.append(out[-offset])
-    return bytes(out) if len(out) == length else b""
+            raise ValueError(f"snappy stream copies from {offset} bytes back, only {len(out)} are there")
+        copied = out[-offset:][:size]
+        out += (copied * -(-size // len(copied)))[:size]
+    if len(out) != length:
+        raise ValueError(f"snappy stream of {length} bytes decodes to {len(out)}")
+    return bytes(out)
 
 
 def inner_loops(files: Iterable[Path]) -> list[int]:

@@ -250,6 +250,7 @@ _recomputed = recomputed(_forward, _adjoint, _plain)
 
 @partial(jax.jit, static_argnames=("conj_sym", "precision"))
 def _step(u, h, lam, B, C, D, *, conj_sym, precision):
+    """With products of its own: `_system` would copy and transpose B and C for every step."""
     out_dtype, kept = u.dtype, h.dtype
     u, h, lam, B, C, D = _cast(state_dtype(u, lam, B, C, D, h), u, h, lam, B, C, D)
     h = lam * h + _project(u, B, precision)

@@ -11,7 +11,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
@@ -107,32 +107,11 @@ def all_loops(prefix: str) -> dict[str, list[int]]:
     return json.loads(child.stdout.splitlines()[-1])
 
 
-def kernels(jaxpr) -> Iterator:
-    """The kernel calls of a program."""
-    for eqn in jaxpr.eqns:
-        if eqn.primitive.name == "pallas_call":
-            yield eqn
-            continue
-        for value in eqn.params.values():
-            inner = getattr(value, "jaxpr", value)
-            if hasattr(inner, "eqns"):
-                yield from kernels(inner)
-
-
-def registers(chip: str, f, args) -> int:
-    """Registers per thread of the largest kernel, each compiled alone."""
-    found = []
-    for eqn in kernels(jax.make_jaxpr(f)(*args).jaxpr):
-        shapes = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.invars]
-        found.append(compile_for(chip, partial(eqn.primitive.bind, **eqn.params), *shapes).registers())
-    return max(found)
-
-
 def row(name: str, chip: str, loops: dict[str, list[int]]) -> str:
     f, args = program(name, chip)
     compiled = compile_for(chip, f, *args)
     if chip in GPUS:
-        detail = f"{registers(chip, f, args)} registers"
+        detail = f"{compiled.registers()} registers"
     else:
         pairs = zip(loops[f"{name} {chip}"], STEPS[name], strict=False)
         detail = " + ".join(f"{bundles} bundles / {steps}" for bundles, steps in pairs)

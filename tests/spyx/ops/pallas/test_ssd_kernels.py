@@ -165,6 +165,23 @@ def test_refuses_what_does_not_fit(module):
     assert not module.ssd_fits(x[:0], dt, A, B, C, h0)
 
 
+def test_the_states_of_a_group_on_tpu_are_at_most_4_mib():
+    def fits(heads, P, groups, N):
+        shape = jax.ShapeDtypeStruct
+        x, dt, A = shape((4, 1, heads, P), "float32"), shape((4, 1, heads), "float32"), shape((heads,), "float32")
+        B, h0 = shape((4, 1, groups, N), "float32"), shape((1, heads, P, N), "float32")
+        return tpu_ssd.ssd_fits(x, dt, A, B, B, h0)
+
+    assert all(fits(*largest) for largest in LARGEST)
+    assert fits(256, 64, 2, 128)
+    assert not fits(130, 64, 1, 128)
+    assert not fits(17, 256, 1, 256)
+
+
+LARGEST = [(128, 64, 1, 128), (16, 256, 1, 256)]
+"""Heads, P, groups and N of the largest states the TPU kernels take."""
+
+
 def compile_both(chip, T, batch, heads, P, N, *, groups=1, dtype=jnp.float32, resets=False, reverse=False):
     """Peak bytes of forward and backward, in units of the size of x."""
     module = gpu_ssd if chip.endswith("100") else tpu_ssd
@@ -220,7 +237,13 @@ def test_compiles_odd_shapes_and_x64(chip):
 
 @pytest.mark.full
 @pytest.mark.parametrize("chip", BUDGETS)
-@pytest.mark.parametrize(("P", "N"), [(64, 128), (64, 64), (16, 16)])
-@pytest.mark.parametrize(("dtype", "masked"), [(jnp.float32, False), (jnp.bfloat16, True)])
+@pytest.mark.parametrize(("P", "N", "dtype", "masked"), [(64, 128, jnp.bfloat16, True), (16, 16, jnp.float32, False)])
 def test_compiles_everywhere(chip, P, N, dtype, masked):
     compile_both(chip, 500, 2, 8, P, N, groups=2, dtype=dtype, resets=masked, reverse=masked)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("chip", ["v5e", "v4", "v5p", "v6e"])
+@pytest.mark.parametrize(("heads", "P", "groups", "N"), LARGEST)
+def test_compiles_the_largest_states(chip, heads, P, groups, N):
+    compile_both(chip, 256, 1, heads, P, N, groups=groups)
