@@ -104,7 +104,7 @@ def test_token_ids():
     assert jnp.isnan(model(jnp.full((1, 2), -1))).all()
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=12, deadline=None, derandomize=True)
 @given(st.data())
 def test_pooling_over_windows(data):
     B, L, k = (data.draw(st.integers(1, top)) for top in (3, 9, 4))
@@ -304,7 +304,8 @@ def test_positions_belong_to_the_paper():
     model = make(**options, reference="paper")
     assert "embedding.position_embedding.position_embedding.weight" in model.state_dict()
     ids = jnp.array([[1, 2, 1]])
-    assert jnp.abs(model(ids) - model(ids[:, ::-1])).max() >= 0
+    first, _, again = model.embedding(ids)[0]
+    assert jnp.abs(first - again).min() > 0
     with pytest.raises(ValueError, match=r"positions for 5 steps .* got 6"):
         model(jnp.zeros((1, 6), int))
 
@@ -356,38 +357,39 @@ def test_it_learns_from_sequences_with_lengths():
 
 
 def test_transformations():
-    model, x, lengths = make(lrnn_cls=["S4D", "Mamba"], pooling="max"), noise(3, 7, 3), jnp.array([7, 3, 5])
-    y = model(x, lengths)
-    close(jax.jit(lambda x, n: model(x, n))(x, lengths), y)
-    close(jax.vmap(lambda x, n: model(x[None], n[None])[0])(x, lengths), y)
-    abstract = nnx.eval_shape(lambda: Classifier(3, 5, d_model=4, d_state=3, n_layers=2, lrnn_cls=["S4D", "Mamba"],
-                                                 pooling="max"))  # fmt: skip
+    model, x, lengths = make(lrnn_cls=["S4D", "LRU"], pooling="max"), noise(3, 7, 3), jnp.array([7, 3, 5])
+    y = call(model, x, lengths)
+    one = jax.jit(lambda x, n: jax.vmap(lambda x, n: model(x[None], n[None])[0])(x, n))
+    close(one(x, lengths), y)
+    abstract = nnx.eval_shape(lambda: make(lrnn_cls=["S4D", "LRU"], pooling="max"))
     abstract.load_state_dict(model.state_dict())
-    abstract.eval()
-    np.testing.assert_array_equal(abstract.forward(x, lengths), y)
+    np.testing.assert_array_equal(call(abstract, x, lengths), y)
+    small = make(n_layers=1)
     with torch.no_grad():
-        from_torch = model(torch.tensor(np.asarray(x)), lengths=torch.tensor(np.asarray(lengths)))
+        from_torch = small.forward(torch.tensor(np.asarray(x)), lengths=torch.tensor(np.asarray(lengths)))
     assert isinstance(from_torch, torch.Tensor)
-    close(from_torch, y)
+    close(from_torch, small(x, lengths))
 
 
 def test_dtypes():
     model, x = make(lrnn_cls=["LRU", "Mamba"]), noise(2, 7, 3)
-    y = model(x)
-    low = model(x.astype(jnp.bfloat16))
+    y = call(model, x)
+    low = call(model, x.astype(jnp.bfloat16))
     assert low.dtype == jnp.bfloat16
     close(low.astype(jnp.float32), y, 2e-2)
     half = make(lrnn_cls=["LRU", "Mamba"], dtype=jnp.bfloat16)
-    assert half.final_block.norm.scale.dtype == half(x).dtype == jnp.bfloat16
+    assert half.final_block.norm.scale.dtype == call(half, x).dtype == jnp.bfloat16
     mixed = make(lrnn_cls=["LRU", "Mamba"], dtype=jnp.bfloat16, param_dtype=jnp.float32)
     assert mixed.final_block.norm.scale.dtype == jnp.float32
-    assert mixed(x).dtype == jnp.bfloat16
-    close(mixed(x).astype(jnp.float32), y, 3e-2)
-    assert make(vocab_size=5, param_dtype=jnp.bfloat16)(jnp.zeros((1, 3), int)).dtype == jnp.bfloat16
+    y_mixed = call(mixed, x)
+    assert y_mixed.dtype == jnp.bfloat16
+    close(y_mixed.astype(jnp.float32), y, 3e-2)
+    tokens = make(vocab_size=5, n_layers=1, param_dtype=jnp.bfloat16)
+    assert call(tokens, jnp.zeros((1, 3), int)).dtype == jnp.bfloat16
+    wide = nnx.eval_shape(lambda: make(lrnn_cls=["LRU", "Mamba"]))
     with jax.enable_x64(True):
-        wide = make(lrnn_cls=["LRU", "Mamba"], param_dtype=jnp.float64)
         wide.load_state_dict(model.state_dict(), dtype=jnp.float64)
-        y64 = wide(x.astype(jnp.float64))
+        y64 = call(wide, x.astype(jnp.float64))
         assert y64.dtype == jnp.float64
         close(y, y64)
 
