@@ -5,22 +5,44 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from contestants import Case, Prepared, _import_lrnnx, _jax_prepared, _lrnnx_ref, _noise, _torch_prepared, _with_threads
+from contestants import Case, Prepared, _import_lrnnx, _jax_prepared, _noise, _torch_prepared, _with_threads
 
 DECODE_STEPS = 128
-LAYERS: dict[str, dict[str, Any]] = {
-    "S5": {"module": "lti", "discretization": "zoh"},
-    "LRU": {"module": "lti"},
-    "S4D": {"module": "lti", "transposed": False},
-    "S4": {"module": "lti", "transposed": False},
-    "Mamba": {"module": "ltv"},
+LAYERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "S5": ("lti.s5:S5", {"discretization": "zoh"}),
+    "LRU": ("lti.lru:LRU", {}),
+    "S4D": ("lti.s4d:S4D", {"transposed": False, "verbose": False}),
+    "S4": ("lti.s4:S4", {"transposed": False, "verbose": False}),
+    "Centaurus": ("lti.centaurus:CentaurusNeck", {"sub_state_dim": 4}),
+    "Mamba": ("ltv.mamba:Mamba", {"use_fast_path": False}),
+    "event S5": ("ltv.s5:S5", {"use_fast_path": False}),
+    "RGLRU": ("ltv.rglru:RGLRU", {"use_fast_path": False}),
+    "S7": ("ltv.s7:S7", {"use_fast_path": False}),
 }
 
 
-def _arguments(case: Case) -> tuple[str, dict[str, Any]]:
+def is_varying(name: str) -> bool:
+    """Whether the class is one of models.ltv."""
+    return LAYERS[name][0].startswith("ltv.")
+
+
+def _build(case: Case, package: str, **more: Any):
+    """The layer of `package`, "compat_torch" or "lrnnx", that a case asks for."""
+    import importlib
+
     _, _, H, N = case["shape"]
-    kwargs = {"d_model": H, "d_state": N, **LAYERS[case["family"]]}
-    return kwargs.pop("module"), kwargs
+    path, kwargs = LAYERS[case["family"]]
+    module_name, cls = path.split(":")
+    module = importlib.import_module(f"{package}.models.{module_name}")
+    if package == "lrnnx":
+        for name in list(vars(module)):
+            if name.endswith("_scan_fn"):
+                scans = importlib.import_module(f"lrnnx.ops.{name.removesuffix('_fn')}")
+                setattr(module, name, getattr(scans, name.replace("_fn", "_ref")))
+            elif name.endswith("_state_update"):
+                setattr(module, name, None)
+    sizes = {"d_model": H} if case["family"] == "RGLRU" else {"d_model": H, "d_state": N}
+    return getattr(module, cls)(**sizes, **kwargs, **more)
 
 
 def _input(case: Case):
@@ -29,17 +51,13 @@ def _input(case: Case):
 
 
 def _ours(case: Case) -> Prepared:
-    import importlib
-
     import jax
     import jax.numpy as jnp
     from flax import nnx
 
     from compat_torch import decode
 
-    package, kwargs = _arguments(case)
-    cls = getattr(importlib.import_module(f"compat_torch.models.{package}"), case["family"])
-    layer, x = cls(**kwargs, rngs=nnx.Rngs(case["seed"])), jnp.asarray(_input(case))
+    layer, x = _build(case, "compat_torch", rngs=nnx.Rngs(case["seed"])), jnp.asarray(_input(case))
     layer.eval()
     graph, params = nnx.split(layer, ...)
 
@@ -54,19 +72,12 @@ def _ours(case: Case) -> Prepared:
 
 
 def _lrnnx(case: Case, threads: int) -> Prepared:
-    import importlib
-
     import torch
 
     _import_lrnnx()
-    package, kwargs = _arguments(case)
-    name = case["family"]
-    module = importlib.import_module(f"lrnnx.models.{package}.{name.lower()}")
-    if name == "Mamba":
-        vars(module).update(selective_scan_fn=_lrnnx_ref(), selective_state_update=None)
-        kwargs["use_fast_path"] = False
     torch.manual_seed(case["seed"])
-    layer, x = getattr(module, name)(**kwargs), torch.from_numpy(_input(case))
+    layer, x = _build(case, "lrnnx"), torch.from_numpy(_input(case))
+    varying = is_varying(case["family"])
     layer.eval()
     if hasattr(layer, "setup_step"):
         layer.setup_step()
@@ -77,9 +88,9 @@ def _lrnnx(case: Case, threads: int) -> Prepared:
 
     def decode():
         with torch.no_grad():
-            cache = layer.allocate_inference_cache(x.shape[0], *([1] if package == "ltv" else []))
+            cache = layer.allocate_inference_cache(x.shape[0], *([1] if varying else []))
             for t in range(DECODE_STEPS):
-                _, cache = layer.step(x[:, t : t + 1] if package == "ltv" else x[:, t], cache)
+                _, cache = layer.step(x[:, t : t + 1] if varying else x[:, t], cache)
 
     prepared = _torch_prepared(forward, [x], list(layer.parameters()), threads)
     prepared.run["decode"] = decode

@@ -10,10 +10,10 @@ import argparse
 import json
 from pathlib import Path
 
-from layer_contestants import LAYER_CONTESTANTS, LAYERS
+from layer_contestants import LAYER_CONTESTANTS, is_varying
 from scan import HERE, best_threads, measure
 
-SHAPES = {"lti": [(8, 1024, 64, 64), (2, 2048, 128, 64)], "ltv": [(2, 512, 128, 16), (8, 256, 64, 16)]}
+SHAPES = {"lti": [(8, 1024, 64, 64), (2, 2048, 128, 64)], "ltv": [(2, 512, 64, 16), (8, 256, 32, 16)]}
 STATES = (16, 64, 256)
 KINDS = ("forward", "both", "decode")
 
@@ -30,7 +30,7 @@ def main() -> None:
         f"{'class':7}{'(B, L, H, N)':>22}" + "".join(f"{kind + ' ms':>12}{'lrnnx':>10}{'ratio':>7}" for kind in KINDS)
     )
     for name in args.classes:
-        for shape in SHAPES[LAYERS[name]["module"]]:
+        for shape in SHAPES["ltv" if is_varying(name) else "lti"]:
             rows = best_threads(measure(name, shape, args.rounds, "", list(LAYER_CONTESTANTS[name]), KINDS), KINDS)
             ours, theirs = rows
             cells = [f"{name:7}{shape!s:>22}"]

@@ -25,6 +25,11 @@ MODELS = {
     "attention": ("LRU", "attn"),
 }
 
+FAMILIES = [
+    pytest.param(mixers, id=name, marks=[pytest.mark.full] if name in ("lti", "s4") else [])
+    for name, mixers in MODELS.items()
+]
+
 
 def make(mixers=("LRU", "Mamba"), seed=0, **kwargs):
     extra = {name: value for name, value in KWARGS.items() if name in mixers}
@@ -38,7 +43,7 @@ def tokens(*shape, seed=0):
     return jax.random.randint(jax.random.key(seed), shape, 0, 10)
 
 
-@pytest.mark.parametrize("mixers", MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize("mixers", FAMILIES)
 def test_prompts_in_pieces_and_steps_are_the_whole(mixers):
     model, ids = make(mixers, d_intermediate=3), tokens(2, 7)
     whole = model(ids).logits
@@ -56,7 +61,7 @@ def test_prompts_in_pieces_and_steps_are_the_whole(mixers):
     np.testing.assert_allclose(model(ids, num_last_tokens=2).logits, whole[:, -2:], atol=2e-6)
 
 
-@pytest.mark.parametrize("mixers", MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize("mixers", FAMILIES)
 def test_padding_changes_nothing(mixers):
     model, ids, lengths = make(mixers), tokens(3, 6), jnp.array([6, 2, 0])
     out = model(ids, lengths=lengths).logits

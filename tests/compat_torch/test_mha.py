@@ -58,7 +58,7 @@ def test_it_is_torchs_attention(options):
     np.testing.assert_allclose(layer(x), by_torch(layer, x), atol=2e-6)
 
 
-@pytest.mark.parametrize("options", OPTIONS[1:])
+@pytest.mark.parametrize("options", OPTIONS[2:4])
 def test_pieces_and_steps_are_the_whole(options):
     layer, x = make(**options, rotary_emb_dim=2), noise(2, 7, 8)
     whole = layer(x)

@@ -71,6 +71,13 @@ def test_arguments_are_the_references(cls):
     assert (layer.n_ssm, layer.channels, layer.l_max) == (4, 1, None)
 
 
+@pytest.mark.parametrize("cls", BOTH)
+def test_a_list_of_inits_decodes(cls):
+    layer, x = make(cls, init=["legs", "diag-inv"]), noise(2, 3, 4)
+    y, _ = decode(layer, x, layer.allocate_inference_cache(2))
+    np.testing.assert_allclose(y, layer(x)[0], atol=3e-6)
+
+
 def test_loading_before_and_after_the_references_first_forward_is_the_same():
     folder = GOLDEN / "lrnnx_s4_n_ssm"
     io = load_file(folder / "io.safetensors")

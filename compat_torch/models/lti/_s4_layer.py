@@ -114,7 +114,12 @@ class S4Layer(LRNN):
             final_act = postact
         self._check_choice("final_act", final_act, (None, *ACTIVATIONS))
         self.bottleneck, self.gate, self.final_act = bottleneck, gate, final_act
-        self.l_max, self.channels, self.rank, self.init = l_max, channels, rank, init
+        self.l_max, self.channels, self.rank, self.init = (
+            l_max,
+            channels,
+            rank,
+            init if isinstance(init, str) else tuple(init),
+        )
         self.tie_dropout, self.transposed, self.swap_channels = bool(tie_dropout), bool(transposed), bool(swap_channels)
         self._time_axis = 2 if transposed else 1
         self.dt_transform: Transform = dt_transform
