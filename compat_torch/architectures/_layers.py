@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from .language_model import MIXERS
+from .backbone import MIXERS
 
 LayerLike = str | Callable[..., Any]
 

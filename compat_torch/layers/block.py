@@ -98,8 +98,8 @@ class Block(nnx.Module):
 
 def normalise(norm: nnx.LayerNorm | nnx.RMSNorm, x: Float[Array, "*L H"]) -> Float[Array, "*L H"]:
     """The norm of `x` in the dtype of the norm's weight."""
-    assert norm.scale is not None
-    return norm(x.astype(norm.scale[...].dtype))
+    scale: Any = norm.scale
+    return norm(x.astype(scale[...].dtype))
 
 
 def layer_norm(dim: int, eps: float = 1e-5, param_dtype: Any = jnp.float32) -> nnx.LayerNorm:
