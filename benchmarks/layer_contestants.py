@@ -59,10 +59,10 @@ def _ours(case: Case) -> Prepared:
 
     layer, x = _build(case, "compat_torch", rngs=nnx.Rngs(case["seed"])), jnp.asarray(_input(case))
     layer.eval()
-    graph, params = nnx.split(layer, ...)
+    graph, params, rest = nnx.split(layer, nnx.Param, ...)
 
     def forward(params, x):
-        y = nnx.merge(graph, params)(x)
+        y = nnx.merge(graph, params, rest)(x)
         return y[0] if isinstance(y, tuple) else y
 
     prepared = _jax_prepared(forward, (params, x))
