@@ -10,9 +10,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Complex, Float
 
-from spyx.ops.hippo import rank_correction, transition
+from spyx.ops.hippo import normal_form, rank_correction, transition
 
-from ..models.ltv.s5 import _normal_form
 from ..random import default_rngs
 
 
@@ -45,7 +44,7 @@ def make_DPLR_HiPPO(  # noqa: N802
     Source: S4 (arXiv:2111.00396), S5 (arXiv:2208.04933).
     """
     _, P, B = make_NPLR_HiPPO(N)
-    Lambda, V = _normal_form(N)
+    Lambda, V = normal_form(N)
     return Lambda.copy(), V.conj().T @ P, V.conj().T @ B, V.copy(), B
 
 

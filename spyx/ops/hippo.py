@@ -96,6 +96,25 @@ def rank_correction(measure: Measure, N: int, rank: int = 1) -> Float[np.ndarray
     return np.stack([*rows, *[np.zeros(N)] * (rank - len(rows))])
 
 
+@lru_cache(maxsize=16)
+def normal_form(N: int) -> tuple[Complex[np.ndarray, " N"], Complex[np.ndarray, "N N"]]:
+    """Eigenvalues, by ascending imaginary part, and unitary eigenvectors of the normal part of HiPPO-LegS.
+
+    Args:
+        N: number of states.
+
+    Returns:
+        (eigenvalues (N,), eigenvectors (N, N)), complex128, shared between calls: do not edit. The eigenvectors are
+        unique up to a phase.
+
+    Source: S4 (arXiv:2111.00396), S5 (arXiv:2208.04933).
+    """
+    P = rank_correction("legs", N)
+    S = transition("legs", N)[0] + P.T @ P
+    im, V = np.linalg.eigh(-1j * S)
+    return np.mean(np.diag(S)) + 1j * im, V
+
+
 def nplr(measure: Measure, N: int, rank: int = 1, *, B_clip: float | None = 2.0) -> System:
     """A HiPPO system as diagonal plus low rank.
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, Literal, get_args
 
 import jax
@@ -15,10 +14,11 @@ from jaxtyping import Array, Complex, Float, Int
 
 from spyx.ops import bilinear, diagonal_ssm, dirac, linear_scan, zoh
 from spyx.ops.dtypes import state_dtype, to_complex, widen
-from spyx.ops.hippo import rank_correction, transition
+from spyx.ops.hippo import normal_form
 
 from ...core.discretization import Reference
 from ...random import default_rngs
+from ...utils.init import init_CV, init_log_steps, init_VinvB
 from ._scanned import ScannedLTV
 from .base import Cache
 
@@ -108,22 +108,12 @@ class S5(ScannedLTV):
     def _init_parameters(self, rngs: nnx.Rngs, dt_min: float, dt_max: float) -> None:
         H, P = self.d_model, self.d_state
         size = 2 * P if self.conj_sym else P
-        eigenvalues, V = (part[..., :P] for part in _normal_form(size))
-
-        def normal(*shape: int) -> Array:
-            return jax.random.normal(rngs.params(), shape) * size**-0.5
-
-        product = partial(jnp.matmul, precision="highest")
-        self.A = self._complex_param(eigenvalues)
-        self.B = self._complex_param(product(V.conj().T, normal(size, H)))
-        self.C = self._complex_param(product(to_complex(normal(H, size), normal(H, size)), V))
+        eigenvalues, V = (part[..., :P] for part in normal_form(size))
+        self.A = self._param(np.stack([np.real(eigenvalues), np.imag(eigenvalues)], -1))
+        self.B = self._param(init_VinvB(V.conj().T, size, H, rngs=rngs))
+        self.C = self._param(init_CV(V, size, H, rngs=rngs))
         self.D = self._param(0.1 * jax.random.normal(rngs.params(), (H,)))
-        self.log_dt = self._param(
-            jax.random.uniform(rngs.params(), (P,), minval=math.log(dt_min), maxval=math.log(dt_max))
-        )
-
-    def _complex_param(self, value) -> nnx.Param:
-        return self._param(jnp.stack([jnp.real(value), jnp.imag(value)], -1))
+        self.log_dt = self._param(init_log_steps(P, dt_min, dt_max, rngs=rngs))
 
     def _system(self) -> System:
         """(A, B, C, dt): continuous."""
@@ -187,12 +177,3 @@ class S5(ScannedLTV):
 
 def _state_name(cache: Cache) -> str:
     return "ssm_state" if "ssm_state" in cache and "lrnn_state" not in cache else "lrnn_state"
-
-
-@lru_cache(maxsize=16)
-def _normal_form(N: int) -> tuple[Complex[np.ndarray, " N"], Complex[np.ndarray, "N N"]]:
-    """Eigenvalues, by ascending imaginary part, and unitary eigenvectors of the normal part of HiPPO-LegS."""
-    P = rank_correction("legs", N)
-    S = transition("legs", N)[0] + P.T @ P
-    im, V = np.linalg.eigh(-1j * S)
-    return np.mean(np.diag(S)) + 1j * im, V
