@@ -18,7 +18,7 @@ Arrays = dict[str, np.ndarray]
 
 STEP_LIMIT = 3e-5  # of steps, relative to max(1, max|y|)
 
-_RECORDED = {"x", "input_ids", "y", "logits", "y64", "logits64", "w"}
+_RECORDED = {"x", "input_ids", "labels", "y", "logits", "y64", "logits64", "w"}
 
 
 @dataclass(frozen=True)
@@ -104,8 +104,10 @@ def read_case(path: Path) -> Case:
         with safe_open(first_run, "numpy") as file:
             remark = file.metadata()["remark"]
     files = [first_run, *sorted(path.glob("io_L*.safetensors"), key=_length_of)]
-    time_axis = meta.get("time_axis", 1)
+    time_axis = meta.get("time_axis", 0 if meta.get("kind") == "flax" else 1)
     runs = tuple(run for file in files for run in _split_lengths(_read_run(file, time_axis), time_axis))
+    if meta.get("kind") == "digits":
+        runs = _split_loss(runs[0], load_file(first_run)["labels"])
     weights = load_file(path / "weights.safetensors")
     first = path / "weights_init.safetensors"
     initial = load_file(first) if first.exists() else None
@@ -163,6 +165,19 @@ def _split_lengths(run: Run, time_axis: int) -> list[Run]:
     return [padded, masked]
 
 
+def _split_loss(run: Run, labels: np.ndarray, items: int = 16) -> tuple[Run, Run]:
+    """A classifier's run as two: all outputs, and the first `items`, whose mean cross entropy has the gradients."""
+    first = replace(run, name=f"first {items}", x=run.x[:items], y=run.y[:items], y64=run.y64[:items])
+    return replace(run, grads={}), replace(first, w=_cross_entropy_weights(first.y64, labels[:items]))
+
+
+def _cross_entropy_weights(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """w for which sum(logits * w) has the gradients of the mean cross entropy at these logits (..., classes)."""
+    probabilities = np.exp(logits - logits.max(-1, keepdims=True))
+    probabilities /= probabilities.sum(-1, keepdims=True)
+    return ((probabilities - np.eye(logits.shape[-1])[labels]) / labels.size).astype(np.float32)
+
+
 def _length_of(file: Path) -> int:
     return int(file.stem.removeprefix("io_L"))
 
@@ -174,7 +189,7 @@ def _grads(arrays: Arrays, prefix: str) -> Arrays:
 def _read_run(file: Path, time_axis: int) -> Run:
     io = load_file(file)
     inputs = {name: value for name, value in io.items() if name not in _RECORDED and "." not in name}
-    x, y = ("x", "y") if "x" in io else ("input_ids", "logits")
+    x, y = "x" if "x" in io else "input_ids", "y" if "y" in io else "logits"
     return Run(
         name=f"L={io[x].shape[time_axis]}",
         x=io[x],
