@@ -20,7 +20,7 @@ from ...random import default_rngs
 from ._scanned import ScannedLTV
 from .base import Cache
 
-_BLOCK = 2**20  # elements of B_t or C_t alive at once, unless one step needs more
+_BLOCK = 2**18  # elements of B_t or C_t alive at once, unless one row needs more
 
 
 class S7(ScannedLTV):
@@ -112,12 +112,11 @@ class S7(ScannedLTV):
         def read_out(u: Float[Array, "B H"], h: Float[Array, "B N"]) -> Float[Array, "B H"]:
             return dot("bhn,bn->bh", dot("bk,kj->bj", u, to_C).reshape(-1, H, N), h)
 
-        steps = max(1, _BLOCK // max(1, x.shape[1] * H * N))
         A = self.base_params[...] + dot("lbk,kn->lbn", u, to_A)
-        inputs = _over_steps(drive, steps, u) + dot("lbk,kn->lbn", u, to_bias)
+        inputs = _in_blocks(drive, _BLOCK // (H * N), u) + dot("lbk,kn->lbn", u, to_bias)
         h0 = None if state is None else state["lrnn_state"]
         h, last = linear_scan(1 - 1 / (A * A + 0.5), inputs, h0, lengths=lengths)
-        y = _over_steps(read_out, steps, u, h) + dot("lbk,kh->lbh", u, to_D) * u
+        y = _in_blocks(read_out, _BLOCK // (H * N), u, h) + dot("lbk,kh->lbh", u, to_D) * u
         gate = jax.nn.sigmoid(self.gate_proj(jax.nn.gelu(y, approximate=False)))
         return x + gate * y, {"lrnn_state": last}
 
@@ -125,7 +124,15 @@ class S7(ScannedLTV):
         return {"lrnn_state": jnp.zeros((batch_size, self.d_state), widen(jnp.zeros((), dtype)).dtype)}
 
 
-def _over_steps(f, steps: int, *arrays: Float[Array, "L B *_"]) -> Float[Array, "L B *_"]:
-    """`f` of every step, `steps` of them at a time; what it makes on the way is made again for the backward pass."""
-    one = jax.checkpoint(f)
-    return jax.lax.map(lambda args: one(*args), arrays, batch_size=steps)
+def _in_blocks(f, size: int, *arrays: Float[Array, "L B *_"]) -> Float[Array, "L B *_"]:
+    """`f` of all rows (L B, ...), `size` of them at a time; what it makes on the way the backward pass makes again."""
+    L, B = arrays[0].shape[:2]
+    rows = [array.reshape(L * B, *array.shape[2:]) for array in arrays]
+    one, size = jax.checkpoint(f), max(1, size)
+    whole = L * B // size if size < L * B else 0
+    parts = [one(*(array[whole * size :] for array in rows))]
+    if whole:
+        blocks = [array[: whole * size].reshape(whole, size, *array.shape[1:]) for array in rows]
+        done = jax.lax.map(lambda block: one(*block), blocks)
+        parts.insert(0, done.reshape(whole * size, *done.shape[2:]))
+    return jnp.concatenate(parts).reshape(L, B, *parts[0].shape[1:])
