@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.nn.initializers import Initializer
 from jaxtyping import Array, Complex, Float
 
 from spyx.ops.hippo import normal_form, rank_correction, transition
@@ -68,42 +69,58 @@ def init_log_steps(
 
 
 def init_VinvB(  # noqa: N802
-    Vinv: Complex[np.ndarray, "P local_P"], local_P: int, H: int, *, rngs: nnx.Rngs | None = None
+    Vinv: Complex[np.ndarray, "P local_P"],
+    local_P: int,
+    H: int,
+    *,
+    draw: Initializer | None = None,
+    rngs: nnx.Rngs | None = None,
 ) -> Float[Array, "P H 2"]:
-    """Vinv B for real B (local_P, H), normal with variance 1 / local_P; (re, im) on the last axis.
+    """Vinv B for real B (local_P, H); (re, im) on the last axis.
 
     Args:
         Vinv: inverse of the eigenvectors, shape (P, local_P).
         local_P: states: P, or 2 P with one of each conjugate pair kept.
         H: width of the input.
+        draw: of B, called with a key and its shape; None is normal with variance 1 / local_P.
         rngs: random streams; None draws from the process-wide one (`compat_torch.manual_seed`).
 
     Raises:
         ValueError: Vinv has not `local_P` columns.
     """
     _check("init_VinvB: Vinv", np.shape(Vinv), (-1, local_P))
-    B = jax.random.normal(default_rngs(rngs).params(), (local_P, H)) * local_P**-0.5
+    B = _draw(draw, (local_P, H), local_P, rngs)
     return _parts(jnp.matmul(jnp.asarray(Vinv), B, precision="highest"))
 
 
 def init_CV(  # noqa: N802
-    V: Complex[np.ndarray, "local_P P"], local_P: int, H: int, *, rngs: nnx.Rngs | None = None
+    V: Complex[np.ndarray, "local_P P"],
+    local_P: int,
+    H: int,
+    *,
+    draw: Initializer | None = None,
+    rngs: nnx.Rngs | None = None,
 ) -> Float[Array, "H P 2"]:
-    """C V for complex C (H, local_P), real and imaginary part normal with variance 1 / local_P; (re, im) last.
+    """C V for complex C (H, local_P); (re, im) on the last axis.
 
     Args:
         V: eigenvectors, shape (local_P, P).
         local_P: states: P, or 2 P with one of each conjugate pair kept.
         H: width of the output.
+        draw: of C as (H, local_P, 2), called with a key and this shape; None is normal with variance 1 / local_P.
         rngs: random streams; None draws from the process-wide one (`compat_torch.manual_seed`).
 
     Raises:
         ValueError: V has not `local_P` rows.
     """
     _check("init_CV: V", np.shape(V), (local_P, -1))
-    streams = default_rngs(rngs)
-    re, im = (jax.random.normal(streams.params(), (H, local_P)) * local_P**-0.5 for _ in range(2))
-    return _parts(jnp.matmul(jax.lax.complex(re, im), jnp.asarray(V), precision="highest"))
+    C = _draw(draw, (H, local_P, 2), local_P, rngs)
+    return _parts(jnp.matmul(jax.lax.complex(C[..., 0], C[..., 1]), jnp.asarray(V), precision="highest"))
+
+
+def _draw(draw: Initializer | None, shape: tuple[int, ...], fan_in: int, rngs: nnx.Rngs | None) -> Array:
+    draw = draw or jax.nn.initializers.normal(fan_in**-0.5)
+    return draw(default_rngs(rngs).params(), shape)
 
 
 def _check(what: str, shape: tuple[int, ...], expected: tuple[int, int]) -> None:

@@ -115,6 +115,31 @@ def normal_form(N: int) -> tuple[Complex[np.ndarray, " N"], Complex[np.ndarray, 
     return np.mean(np.diag(S)) + 1j * im, V
 
 
+def block_normal_form(
+    N: int, blocks: int = 1, *, conj_sym: bool = False
+) -> tuple[Complex[np.ndarray, " n"], Complex[np.ndarray, "N n"]]:
+    """`normal_form` of N / blocks states, repeated along the diagonal.
+
+    Args:
+        N: number of states.
+        blocks: how many blocks share them equally.
+        conj_sym: keep one of each conjugate pair of a block, those with the most negative imaginary part.
+
+    Returns:
+        (eigenvalues (n,), eigenvectors (N, n), block-diagonal), complex128, n = N or N // 2: do not edit.
+
+    Raises:
+        ValueError: N is not a multiple of `blocks`, or not of 2 `blocks` with `conj_sym`.
+
+    Source: S5 (arXiv:2208.04933), section 4.3.
+    """
+    parts = 2 * blocks if conj_sym else blocks
+    if blocks < 1 or N % parts:
+        raise ValueError(f"{blocks} blocks{' of conjugate pairs' if conj_sym else ''} cannot share {N} states equally")
+    eigenvalues, V = (part[..., : N // parts] for part in normal_form(N // blocks))
+    return np.tile(eigenvalues, blocks), np.kron(np.eye(blocks), V)
+
+
 def nplr(measure: Measure, N: int, rank: int = 1, *, B_clip: float | None = 2.0) -> System:
     """A HiPPO system as diagonal plus low rank.
 

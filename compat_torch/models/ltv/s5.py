@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, Literal, get_args
 
 import jax
@@ -12,13 +11,14 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Complex, Float, Int
 
-from spyx.ops import bilinear, diagonal_ssm, dirac, linear_scan, zoh
-from spyx.ops.dtypes import state_dtype, to_complex, widen
-from spyx.ops.hippo import normal_form
+from spyx.ops import bilinear, diagonal_ssm, dirac, zoh
+from spyx.ops.dtypes import to_complex, widen
+from spyx.ops.hippo import block_normal_form
 
 from ...core.discretization import Reference
 from ...random import default_rngs
 from ...utils.init import init_CV, init_log_steps, init_VinvB
+from ._diagonal import varying_ssm
 from ._scanned import ScannedLTV
 from .base import Cache
 
@@ -108,7 +108,7 @@ class S5(ScannedLTV):
     def _init_parameters(self, rngs: nnx.Rngs, dt_min: float, dt_max: float) -> None:
         H, P = self.d_model, self.d_state
         size = 2 * P if self.conj_sym else P
-        eigenvalues, V = (part[..., :P] for part in normal_form(size))
+        eigenvalues, V = block_normal_form(size, conj_sym=self.conj_sym)
         self.A = self._param(np.stack([np.real(eigenvalues), np.imag(eigenvalues)], -1))
         self.B = self._param(init_VinvB(V.conj().T, size, H, rngs=rngs))
         self.C = self._param(init_CV(V, size, H, rngs=rngs))
@@ -155,24 +155,11 @@ class S5(ScannedLTV):
             )  # fmt: skip
         else:
             A_bar, _ = discretize(A, timesteps[..., None] * dt)
-            y, h = self._events(x, A_bar, B, C, h0, lengths)
+            y, h = varying_ssm(
+                x, A_bar, B, C, self.D[...], h0,
+                lengths=lengths, conj_sym=self.conj_sym, precision=self.precision,
+            )  # fmt: skip
         return y, {**state, _state_name(state): h}
-
-    def _events(
-        self,
-        x: Float[Array, "L B H"],
-        A_bar: Complex[Array, "L B P"],
-        B: Complex[Array, "P H"],
-        C: Complex[Array, "H P"],
-        h0: Complex[Array, "B P"] | None,
-        lengths: Int[Array, " B"] | None,
-    ) -> tuple[Float[Array, "L B H"], Complex[Array, "B P"]]:
-        x = x.astype(state_dtype(x, A_bar))
-        dot = partial(jnp.einsum, precision=self.precision)
-        drive = to_complex(dot("lbh,ph->lbp", x, B.real), dot("lbh,ph->lbp", x, B.imag))
-        h, last = linear_scan(A_bar, drive, h0, lengths=lengths)
-        y = dot("lbp,hp->lbh", h.real, C.real) - dot("lbp,hp->lbh", h.imag, C.imag)
-        return (2 * y if self.conj_sym else y) + self.D[...] * x, last
 
 
 def _state_name(cache: Cache) -> str:
