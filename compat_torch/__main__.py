@@ -9,6 +9,9 @@ except ImportError as err:
     raise ImportError("the command line needs typer and rich: pip install 'spyx-torch[cli]'") from err
 
 from . import doctor as _doctor
+from ._cli_convert import convert
+from ._cli_generate import generate
+from ._cli_inspect import inspect
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
 
@@ -16,6 +19,10 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_
 @app.callback()
 def commands() -> None:
     """PyTorch state-space models in JAX."""
+
+
+for _command in (inspect, convert, generate):
+    app.command()(_command)
 
 
 @app.command()

@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 
 from spyx.ops.dtypes import to_complex, x64_enabled
 
-from . import interop
+from . import arrays, interop
 from .core.variables import Buffer
 from .errors import CheckpointError, StateDictMismatchError
 
@@ -62,15 +62,27 @@ class Entry:
             return to_complex(value[..., 0], value[..., 1])
         return value.T if self.reversed_axes else value
 
-    def write(self, array: np.ndarray | jax.Array, dtype: DTypeLike | None) -> None:
-        """Take over a value as the reference stores it."""
+    def view(self) -> np.ndarray:
+        """The value as the reference stores it, on the host; on the CPU it shares the variable's memory."""
+        value = np.asarray(self.variable[...])
         if self.is_complex:
-            array = jnp.stack([jnp.real(array), jnp.imag(array)], -1)
+            wide = np.result_type(value.dtype, np.float32)
+            return np.ascontiguousarray(value, wide).view(np.result_type(wide, np.complex64))[..., 0]
+        return value.T if self.reversed_axes else value
+
+    def write(self, array: np.ndarray | jax.Array, dtype: DTypeLike | None) -> None:
+        """Take over a value as the reference stores it; a NumPy array is copied, once."""
+        if self.is_complex:
+            module: Any = np if isinstance(array, np.ndarray) else jnp
+            array = module.stack([module.real(array), module.imag(array)], -1)
         elif self.reversed_axes:
             array = array.T
         if not jnp.issubdtype(array.dtype, jnp.floating):
             dtype = self.variable.get_value().dtype
-        self.variable.set_value(jnp.array(array, dtype=dtype, copy=not isinstance(array, jax.Array)))
+        if isinstance(array, np.ndarray):
+            self.variable.set_value(arrays.to_device(array, dtype))
+        else:
+            self.variable.set_value(jnp.asarray(array, dtype=dtype))
 
     @property
     def expected(self) -> jax.ShapeDtypeStruct:
@@ -165,6 +177,7 @@ def load_state_dict(
         raise StateDictMismatchError(type(module).__name__, *shown, mismatched, known=list(names))
     for entry, array in loads.values():
         entry.write(array, dtype)
+        arrays.release(array)
     return IncompatibleKeys(missing, unexpected)
 
 

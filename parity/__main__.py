@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 try:
     import typer
@@ -33,6 +33,9 @@ def run(
     all: Annotated[bool, typer.Option("--all", help="List unsupported cases too.")] = False,
     live: Annotated[bool, typer.Option("--live", help="Compare with the installed lrnnx instead.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of the live weights and inputs.")] = 0,
+    via: Annotated[
+        Literal["torch2jax"] | None, typer.Option(help="Trace the installed lrnnx itself into JAX, and compare there.")
+    ] = None,
 ) -> None:
     """Check forward, step and gradients against the references, one table row a case.
 
@@ -40,7 +43,12 @@ def run(
     """
     console = Console(stderr=False, width=None if sys.stdout.isatty() else 120)
     try:
-        if live:
+        if via is not None:
+            from . import torch2jax
+
+            left_out, made_with = 0, {"via": via}
+            rows = _with_progress(torch2jax.rows(pattern, dtype), None, console)
+        elif live:
             cases, left_out, made_with = live_cases(seed), 0, {"seed": seed}
             rows = _with_progress(_live_rows(cases, pattern, dtype), None, console)
             made_with |= versions()

@@ -12,6 +12,8 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
+from compat_torch.checkpoint.state_dict import open_file
+
 GOLDEN = Path(__file__).parent / "golden"
 
 Arrays = dict[str, np.ndarray]
@@ -19,6 +21,21 @@ Arrays = dict[str, np.ndarray]
 STEP_LIMIT = 3e-5  # of steps, relative to max(1, max|y|)
 
 _RECORDED = {"x", "input_ids", "labels", "y", "logits", "y64", "logits64", "w"}
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """Tokens that the reference's language model chose, each the most likely one.
+
+    Attributes:
+        prompt: (B, P).
+        ids: the prompt and the new tokens, (B, P + new).
+        margins: by how much the logit of each new token is above the next best, (B, new).
+    """
+
+    prompt: np.ndarray
+    ids: np.ndarray
+    margins: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -36,6 +53,9 @@ class Run:
         step: output of the reference, step by step.
         inputs: what the reference got besides `x`, by argument name, such as integration_timesteps.
         visible: where `x` counts, 1 or 0, broadcast against it; None is everywhere.
+        y_bfloat16: output of the reference with weights and arithmetic in bfloat16, where that is far from float64.
+        hidden_states: of a language model.
+        greedy: of a language model.
     """
 
     name: str
@@ -48,6 +68,9 @@ class Run:
     step: np.ndarray | None = None
     inputs: Arrays = field(default_factory=dict)
     visible: np.ndarray | None = None
+    y_bfloat16: np.ndarray | None = None
+    hidden_states: tuple[np.ndarray, ...] = ()
+    greedy: Continuation | None = None
 
 
 @dataclass(frozen=True)
@@ -57,11 +80,13 @@ class Case:
     Attributes:
         name: unique name.
         cls: the reference class, "package.module:Class".
-        kwargs: its constructor arguments.
+        kwargs: its constructor arguments; "step_mode" is not one, but how an S4Block steps.
         weights: its state_dict.
         runs: at least one.
         initial: its state_dict before the first forward, where that differs (S4); the outputs are the same.
         remark: what of the reference's record is known to be wrong, and what stands in for it.
+        copies: the same weights from other files, under the names these have.
+        recorded_in: the precision in which the reference ran, and in which the case is always checked; None is float32.
     """
 
     name: str
@@ -71,6 +96,8 @@ class Case:
     runs: tuple[Run, ...]
     initial: Arrays | None = None
     remark: str = ""
+    copies: dict[str, Arrays] = field(default_factory=dict)
+    recorded_in: str | None = None
 
 
 def find_cases(folder: Path, pattern: str = "*") -> list[Path]:
@@ -95,9 +122,11 @@ def read_case(path: Path) -> Case:
     """Read a case folder: case.json, weights, io and io_L<n>.safetensors; weights_init and grads64 where they exist.
 
     Where there is io_amended.safetensors, made by the reference without a defect that its metadata names in "remark",
-    it takes the place of io.safetensors.
+    it takes the place of io.safetensors. A case of transformers has a folder hf in place of the weights.
     """
     meta = json.loads((path / "case.json").read_text())
+    if meta.get("kind") == "hf":
+        return amended(_read_language_model(path, meta))
     first_run, remark = path / "io.safetensors", ""
     if (path / "io_amended.safetensors").exists():
         first_run = path / "io_amended.safetensors"
@@ -114,26 +143,37 @@ def read_case(path: Path) -> Case:
     exact = path / "grads64.safetensors"
     if exact.exists():
         runs = (replace(runs[0], grads64=_grads(load_file(exact), "grad64.")), *runs[1:])
-    return amended(Case(path.name, meta["cls"], meta["kwargs"], weights, runs, initial, remark))
+    kwargs, mode = meta["kwargs"], meta.get("step_kind", "").partition(":")[2]
+    if mode:
+        kwargs = {**kwargs, "step_mode": mode}
+    return amended(Case(path.name, meta["cls"], kwargs, weights, runs, initial, remark))
 
 
 def amended(case: Case) -> Case:
     """The case with the right answer in place of what the reference is known to compute wrongly."""
     remarks, runs = [case.remark], []
     wrong_step = case.cls == "lrnnx.models.ltv.mamba:Mamba" and case.kwargs.get("discretization") == "bilinear"
+    wrong = "uses exp(dt A)"
+    if case.cls == "transformers:Mamba2ForCausalLM" and case.kwargs["config"]["time_step_limit"] != _NO_LIMIT:
+        wrong_step, wrong = True, "forgets time_step_limit"
+    if case.kwargs.get("step_mode") == "diagonal":
+        wrong_step, wrong = True, "loses digits in an ill-conditioned eigenbasis"
     sees_all = "attn" in case.kwargs.get("mixer_types", ()) and not case.kwargs["mixer_kwargs"]["attn"].get("causal")
     for run in case.runs:
         if run.step is not None and sees_all:
             remarks.append("the reference's step skips its attention layer, which is not causal: no step to compare")
             run = replace(run, step=None)
         if run.step is not None and (wrong_step or _step_is_inaccurate(run)):
-            why = "uses exp(dt A)" if wrong_step else f"is off by {_largest(run.step - run.y64):.0e}"
+            why = wrong if wrong_step else f"is off by {_largest(run.step - run.y64):.0e}"
             remarks.append(f"the reference's step {why}: steps compared with its float64 forward")
             run = replace(run, step=run.y64.astype(run.step.dtype))
         if "lengths" in run.inputs and run.y.ndim > 2:
             remarks.append("the reference's outputs past the lengths are not 0: compared as they are without lengths")
         runs.append(run)
     return replace(case, runs=tuple(runs), remark="; ".join(filter(None, remarks)))
+
+
+_NO_LIMIT = [0.0, {"__float__": "Infinity"}]
 
 
 def _step_is_inaccurate(run: Run) -> bool:
@@ -144,6 +184,50 @@ def _step_is_inaccurate(run: Run) -> bool:
 
 def _largest(array: np.ndarray) -> float:
     return float(np.max(np.abs(array), initial=0.0))
+
+
+def _read_language_model(path: Path, meta: dict[str, Any]) -> Case:
+    """A case of transformers: its folder hf, the same weights in other files, and what the model made of the tokens.
+
+    Gradients are those of the mean cross entropy of each next token.
+    """
+    io = load_file(path / "io.safetensors")
+    ids, logits = io["input_ids"], io["logits"]
+    logits64 = io.get("logits64", logits.astype(np.float64))
+    rounded = path / "io_bfloat16.safetensors"
+    grads, w = path / "grads.safetensors", None
+    if grads.exists():
+        w = np.zeros(logits.shape, np.float32)
+        w[:, :-1] = _cross_entropy_weights(logits64[:, :-1], ids[:, 1:])
+    best = np.sort(io["greedy_logits"], -1)
+    run = Run(
+        name=f"L={ids.shape[1]}",
+        x=ids,
+        y=logits,
+        y64=logits64,
+        w=w,
+        grads=_grads(load_file(grads), "grad.") if grads.exists() else {},
+        step=io.get("step.logits"),
+        y_bfloat16=load_file(rounded)["logits"] if rounded.exists() else None,
+        hidden_states=tuple(io[f"hidden_states.{i}"] for i in range(meta["hidden_states"])),
+        greedy=Continuation(io["prompt_ids"], io["greedy_ids"], best[..., -1] - best[..., -2]),
+    )
+    config = json.loads((path / "hf" / "config.json").read_text())
+    weights, *others = (folder for folder in _weight_files(path) if folder[1])
+    recorded_in = None if meta["dtype"] == "float32" else meta["dtype"]
+    return Case(
+        path.name, meta["cls"], {"config": config}, _read_files(weights[1]), (run,),
+        copies={name: _read_files(files) for name, files in others}, recorded_in=recorded_in,
+    )  # fmt: skip
+
+
+def _weight_files(path: Path) -> list[tuple[str, list[Path]]]:
+    names = ("hf/*.safetensors", "hf_sharded/*.safetensors", "mamba_ssm/*.bin", "*.bin")
+    return [(name, sorted(path.glob(name))) for name in names]
+
+
+def _read_files(files: list[Path]) -> Arrays:
+    return {name: value for file in files for name, value in open_file(file).tensors.items()}
 
 
 def _split_lengths(run: Run, time_axis: int) -> list[Run]:

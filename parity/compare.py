@@ -7,15 +7,19 @@ that, nearer to that one than the reference's; steps 3e-5 max(1, max|y|).
 float64: max|y - r64| <= 1e-10 max(1, max|r64|).
 Where a case has weights from before the first forward (S4), float32 is checked for both, and r64 belongs to those.
 bfloat16: 1e-2 max(1, max|r64|), where r64 is our float64 output, proven by the float64 check, for the same
-rounded weights and inputs.
+rounded weights and inputs; or, where the reference in bfloat16 is further from it than that, no further than it. A case
+that the reference ran in bfloat16 is checked in bfloat16 whatever is asked for.
+Hidden states of language models: 1e-5 max(1, max|r32|). Tokens chosen for their logits: the same, up to the first
+choice that a difference of the logits as large as the one measured can change.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +27,7 @@ import numpy as np
 
 from .case import STEP_LIMIT, Arrays, Case, Run
 from .subjects import Subject
+from .subjects.language import LanguageSubject
 
 Precision = Literal["float32", "float64", "bfloat16"]
 Verdict = Literal["identical", "differs", "unsupported"]
@@ -64,6 +69,7 @@ def check(case: Case, subject: Subject, precision: Precision = "float32") -> Row
     An exception of the subject is a difference, named in the row; it does not end the report.
     """
     scores = _Scores()
+    precision = cast(Precision, case.recorded_in or precision)
     try:
         with _x64(precision == "float64"):
             for run in case.runs:
@@ -113,12 +119,30 @@ def _check_run(case: Case, subject: Subject, run: Run, precision: Precision, sco
         with _x64(True):
             wide = jax.tree.map(lambda value: _cast(value, jnp.dtype(np.float64)), (params, x, inputs))
             r64 = np.asarray(forward(*wide))
-        scores.add("forward", _distance(y, r64, r64), 1e-2, run.name)
+        limit = 1e-2
+        if run.y_bfloat16 is not None and (own := _distance(run.y_bfloat16, r64, r64)) > limit:
+            limit = own
+            scores.remarks.append(f"the reference in bfloat16 is off by {own:.2g}")
+        scores.add("forward", _distance(y, r64, r64), limit, run.name)
+        if case.recorded_in == precision:
+            if run.step is not None:
+                steps = _to_float64(jax.jit(partial(subject.steps, case.kwargs))(params, x))
+                scores.add("step", _distance(steps, r64, r64), 1e-2, f"{run.name} step")
+            _check_tokens(case, subject, run, params, _largest(y - run.y), scores)
         return
     if case.initial is not None:
         _check_forward(_to_float64(forward(initial, x)), run, precision, scores)
     if case.initial is None or precision == "float32":
         _check_forward(y, run, precision, scores)
+    for name, copy in case.copies.items():
+        values = {name: _cast(value, dtype) for name, value in copy.items()}
+        _check_forward(_to_float64(forward(values, x)), replace(run, name=f"{run.name} {name}"), precision, scores)
+    if isinstance(subject, LanguageSubject) and precision == "float32":
+        states = jax.jit(partial(subject.hidden_states, case.kwargs))(params, x)
+        for i, (ours, theirs) in enumerate(zip(states, run.hidden_states, strict=True)):
+            distance = _distance(_to_float64(ours), theirs, theirs)
+            scores.add("forward", distance, 1e-5, f"{run.name} hidden_states.{i}")
+    _check_tokens(case, subject, run, params, _largest(y - run.y), scores)
     if run.step is not None:
         by_steps = jax.jit(lambda params, x: subject.steps(case.kwargs, params, x, **inputs))
         steps = _to_float64(by_steps(params, x))
@@ -146,6 +170,22 @@ def _check_forward(y: np.ndarray, run: Run, precision: Precision, scores: _Score
     scores.add("forward", _distance(y, run.y, run.y64), 1e-5 + 2 * own / scale, run.name)
     size = _largest(run.y64) or 1.0
     scores.add("relative", _largest(y - run.y64) / size / (own / size + 4 * EPS32), 2.0, run.name)
+
+
+def _check_tokens(case: Case, subject: Subject, run: Run, params: Arrays, error: float, scores: _Scores) -> None:
+    """The tokens that a language model chooses; `error` is by how much logits were found to differ."""
+    if run.greedy is None or not isinstance(subject, LanguageSubject):
+        return
+    prompt, ids, margins = _cast(run.greedy.prompt, jnp.dtype(np.float32)), run.greedy.ids, run.greedy.margins
+    new = ids.shape[1] - prompt.shape[1]
+    chosen = np.asarray(jax.jit(partial(subject.greedy, case.kwargs, count=new))(params, prompt))
+    for row, (ours, theirs) in enumerate(zip(chosen, ids[:, -new:], strict=True)):
+        differing = np.flatnonzero(ours != theirs)
+        if differing.size and margins[row, differing[0]] > 2 * error:
+            scores.notes.append(f"{run.name} token {differing[0]}: {ours[differing[0]]}, not {theirs[differing[0]]}")
+        elif differing.size:
+            gap, at = margins[row, differing[0]], differing[0]
+            scores.remarks.append(f"{at} of {new} tokens compared: the next choice is by {gap:.1g} of its logit")
 
 
 def _check_gradient(ours: np.ndarray, theirs: np.ndarray, exact: np.ndarray | None, what: str, scores: _Scores) -> None:

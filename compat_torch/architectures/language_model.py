@@ -5,45 +5,23 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from ..checkpoint import read_state_dict
 from ..core.base import LRNN
 from ..core.discretization import Reference
 from ..core.layers import linear
 from ..interop import torch_in_torch_out
 from ..random import default_rngs
 from .backbone import Caches, LRNNModel, create_block
+from .causal_lm import CausalLMOutput, TiedHead
 
 __all__ = ["CausalLMOutput", "LRNNLMHeadModel", "LRNNModel", "TiedHead", "create_block"]
-
-
-class CausalLMOutput(NamedTuple):
-    """Result of a language model.
-
-    Attributes:
-        logits: (B, L, padded vocabulary).
-    """
-
-    logits: Float[Array, "B L V"]
-
-
-class TiedHead(nnx.Module):
-    """Logits by the rows of the embedding, which it shares."""
-
-    def __init__(self, weight: nnx.Param, precision: Any):
-        self.weight, self.precision = weight, precision
-
-    def __call__(self, x: Float[Array, "*L H"]) -> Float[Array, "*L V"]:
-        """x W^T."""
-        return jnp.einsum("...h,vh->...v", x, self.weight[...].astype(x.dtype), precision=self.precision)
 
 
 class LRNNLMHeadModel(LRNN):
@@ -218,47 +196,38 @@ class LRNNLMHeadModel(LRNN):
         self.lm_head = TiedHead(self.backbone.embedding.embedding, self.precision)
         self._config = _encode(**{**self.config, "tie_embeddings": True})
 
-    def save_pretrained(self, save_directory: str | Path) -> None:
-        """Write config.json, with every constructor argument, and model.safetensors (tied weights once)."""
-        from safetensors.flax import save_file
+    def save_pretrained(self, save_directory: str | Path, *, format: str | None = None) -> None:
+        """Write config.json, with every constructor argument, and model.safetensors (tied weights once).
 
-        folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        tensors = self.state_dict()
-        if isinstance(self.lm_head, TiedHead):
-            del tensors["lm_head.weight"]
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        (folder / "config.json").write_text(json.dumps(self.config, indent=2) + "\n")
+        Args:
+            save_directory: see `compat_torch.checkpoint.save_pretrained`, which this is.
+            format: "lrnnx.lm" writes pytorch_model.bin, which lrnnx itself reads.
+        """
+        from ..checkpoint import save_pretrained
+
+        save_pretrained(self, save_directory, format=format)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_path: str | Path, **kwargs: Any) -> LRNNLMHeadModel:
         """A model from a folder that this class or lrnnx wrote, in eval mode.
 
         Args:
-            pretrained_model_path: holds config.json and model.safetensors or pytorch_model.bin.
+            pretrained_model_path: holds config.json and weights; see `compat_torch.checkpoint.from_pretrained`.
             **kwargs: constructor arguments that replace those of config.json. lrnnx does not write `mixer_kwargs`:
-                pass what its mixers were made with.
+                pass what its mixers were made with, as far as shapes do not say it.
 
         Raises:
-            FileNotFoundError: a file is missing. TypeError, ValueError: the arguments do not make a model.
-            CheckpointError: the weights do not fit it.
+            FileNotFoundError: there is no such folder. TypeError, ValueError: the arguments do not make a model.
+            CheckpointError: the weights do not fit it, or an argument is missing that only the caller knows.
         """
-        folder = Path(pretrained_model_path)
-        config = json.loads((folder / "config.json").read_text())
-        weights = next((folder / name for name in _WEIGHTS if (folder / name).exists()), None)
-        if weights is None:
-            raise FileNotFoundError(f"{folder} has none of {', '.join(_WEIGHTS)}")
-        model = nnx.eval_shape(lambda: cls(**{**config, **kwargs}))
-        model.load_state_dict(read_state_dict(weights), dtype=kwargs.get("param_dtype", kwargs.get("dtype")))
-        model.eval()
+        from ..checkpoint import from_pretrained
+
+        model: Any = from_pretrained(pretrained_model_path, format="lrnnx.lm", **kwargs)
         return model
 
     def _logits(self, hidden: Float[Array, "B L H"]) -> Float[Array, "B L V"]:
         logits = self.lm_head(hidden)
         return logits if self.dtype is None else logits.astype(self.dtype)
-
-
-_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 
 def _encode(**config: Any) -> str:

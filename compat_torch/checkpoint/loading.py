@@ -1,19 +1,21 @@
-"""`load`: a checkpoint file in, the module it belongs to out."""
+"""`load` and `from_pretrained`: a checkpoint in, the module it belongs to out."""
 
 from __future__ import annotations
 
-import importlib
-import inspect
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import CheckpointError, UnknownFormatError
-from .formats import TABLE, CheckpointFormat, Fit
-from .state_dict import read_state_dict, shorten
+from ..arrays import count_nonfinite
+from ..errors import CheckpointError, StateDictMismatchError
+from .detection import Content, Detection, choose, constructor, describe, read_content
+from .formats import Fit, Format
+from .hub import fetch
+from .state_dict import shorten
 
 if TYPE_CHECKING:
     from flax import nnx
@@ -21,10 +23,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("compat_torch")
 
-FORMATS: tuple[str, ...] = tuple(TABLE)
-"""Names that `load(format=)` takes."""
-
-_NOT_ASKED = frozenset({"self", "d_model", "d_state", "dtype", "param_dtype", "rngs"})
+_NOT_ASKED = frozenset({"self", "dtype", "param_dtype", "rngs", "args", "kwargs", "init_args", "layer_args", "config"})
 
 
 def load(
@@ -33,19 +32,26 @@ def load(
     format: str | None = None,
     dtype: DTypeLike | None = None,
     prefix: str = "",
+    rename: Sequence[tuple[str, str]] = (),
+    ignore: Sequence[str] = (),
+    strict: bool = True,
     allow_nonfinite: bool = False,
     **kwargs: Any,
 ) -> nnx.Module:
-    """Build the layer a checkpoint belongs to and load it, strictly; nothing in the file is executed.
+    """Build the layer or model a checkpoint belongs to and load it, strictly; nothing in the file is executed.
 
     Args:
-        path: a `.safetensors`, `.pt`, `.bin` or `.ckpt` file (told apart by content).
-        format: one of `FORMATS`; by default found from names and shapes, and logged.
+        path: a `.safetensors`, `.pt`, `.bin` or `.ckpt` file (told apart by content), or a folder with config.json.
+        format: one of `FORMATS`; by default found from config.json, names and shapes, and logged.
         dtype: floating dtype of the parameters; by default the file's.
         prefix: load the sub-tree below this dotted name, for a layer inside a bigger model.
+        rename: (regular expression, replacement) pairs, applied to every name of the file in turn.
+        ignore: regular expressions; a name of the file in which one is found is left out.
+        strict: raise for missing and unexpected names. Otherwise missing parameters are initialised at random and
+            unexpected names are left out, and both are logged; wrong shapes raise all the same.
         allow_nonfinite: accept NaN and infinite weights.
-        **kwargs: constructor arguments that shapes cannot give (`discretization`, `conj_sym`, `reference`,
-            `precision`, ...). `d_model` and `d_state` come from the file.
+        **kwargs: constructor arguments that the file cannot give (`discretization`, `conj_sym`, `reference`,
+            `precision`, ...). What names and shapes say cannot be given.
 
     Returns:
         the module in eval mode.
@@ -55,102 +61,161 @@ def load(
         CorruptCheckpointError: truncated, damaged, malicious or not a checkpoint.
         UnknownFormatError: the names and shapes are of no known format.
         StateDictMismatchError: missing, unexpected or mis-shaped tensors; all are listed.
-        CheckpointError: an argument that the file cannot give is missing, or weights are NaN or infinite.
+        CheckpointError: an argument that the file cannot give is missing, several formats fit, or weights are NaN
+            or infinite.
         TypeError: an argument that the class does not have.
         ValueError: an unknown `format`, or an argument's value that the class does not support.
     """
-    if format is not None and format not in TABLE:
-        raise ValueError(f"format={format!r} is not known; choose from {', '.join(map(repr, FORMATS))}")
+    content = read_content(path, prefix=prefix, rename=rename, ignore=ignore)
+    return _load(content, format, dtype, strict, allow_nonfinite, kwargs)
+
+
+def from_pretrained(
+    path: str | os.PathLike[str],
+    *,
+    format: str | None = None,
+    dtype: DTypeLike | None = None,
+    revision: str | None = None,
+    allow_nonfinite: bool = False,
+    **kwargs: Any,
+) -> nnx.Module:
+    """Build and load the model of a folder, or of a repository on the Hugging Face hub.
+
+    Args:
+        path: a folder with config.json and weights (one file or shards), or a repository "owner/name".
+        format, dtype, allow_nonfinite: as for `load`.
+        revision: branch, tag or commit, for a repository.
+        **kwargs: constructor arguments that config.json cannot give (`precision`; `mixer_kwargs` of a folder that
+            lrnnx wrote), or that replace its entries.
+
+    Returns:
+        the module in eval mode.
+
+    Raises:
+        FileNotFoundError: there is neither such a folder nor a name of a repository.
+        ImportError: a repository, and huggingface_hub is not installed.
+        CheckpointError and others: as for `load`.
+    """
     name = os.fspath(path)
-    tensors = read_state_dict(path, prefix=prefix)
-    entry, fit = _choose(tensors, format, name)
-    module_class = getattr(importlib.import_module(entry.module), entry.class_name)
-    _check_arguments(entry, module_class, kwargs)
+    if Path(name).is_dir():
+        if revision is not None:
+            raise ValueError(f"revision={revision!r} is for repositories on the hub, {name} is a folder")
+        folder: str | os.PathLike[str] = name
+    elif Path(name).exists():
+        raise CheckpointError(f"{name} is a file: use load({name!r}), or pass its folder")
+    elif name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        folder = fetch(name, revision)
+    else:
+        raise FileNotFoundError(f"there is no folder {name}, and it is not a repository 'owner/name' on the hub")
+    return _load(read_content(folder), format, dtype, True, allow_nonfinite, kwargs)
+
+
+def _load(
+    content: Content, format: str | None, dtype: Any, strict: bool, allow_nonfinite: bool, kwargs: Mapping[str, Any]
+) -> nnx.Module:
+    entry, fit, evidence = choose(content, format, strict)
+    detection = describe(content, entry, fit, evidence, kwargs)
+    _check_arguments(content.path, entry, detection, kwargs)
+    _log(content.path, detection)
+    tensors = entry.canonical(content.tensors)
+    if fit.unexpected:
+        logger.warning("%s: left out: %s", content.path, shorten(fit.unexpected))
+        left_out = set(fit.unexpected)
+        tensors = {name: value for name, value in tensors.items() if name not in left_out}
     if not allow_nonfinite:
-        _check_finite(tensors, name)
-
-    sizes = entry.sizes(fit.sizes, kwargs)
-    logger.info("%s: %s with %s", name, entry.name, sizes)
-    return _build(module_class, {**sizes, **kwargs}, tensors, dtype)
+        check_finite(tensors, content.path)
+    from_config = content.config is not None
+    return _build(content.path, entry, fit, detection.arguments, entry.read(tensors), dtype, from_config)
 
 
-def _build(module_class: type, arguments: dict[str, Any], tensors: Mapping[str, np.ndarray], dtype: Any) -> nnx.Module:
-    from flax import nnx
-
-    module = nnx.eval_shape(lambda: module_class(**arguments))
-    module.load_state_dict(tensors, dtype=dtype)
+def _build(
+    path: str,
+    entry: Format,
+    fit: Fit,
+    arguments: dict[str, Any],
+    tensors: Mapping[str, np.ndarray],
+    dtype: Any,
+    from_config: bool,
+) -> Any:
+    module_class = entry.load_class()
+    if fit.missing:
+        logger.warning("%s: initialised at random, because the file lacks it: %s", path, shorten(fit.missing))
+    try:
+        module: Any = module_class(**arguments) if fit.missing else _abstract(module_class, arguments)
+    except (TypeError, ValueError) as err:
+        if not from_config:
+            raise
+        raise CheckpointError(f"{path}: config.json does not make a {entry.name}: {err}") from err
+    try:
+        module.load_state_dict(tensors, not fit.missing, dtype=dtype)
+    except StateDictMismatchError as err:
+        raise StateDictMismatchError(
+            f"{entry.name} (read from {path})", err.missing, err.unexpected, err.mismatched, err.missing
+        ) from err
     module.eval()
     return module
 
 
-def _choose(tensors: Mapping[str, np.ndarray], format: str | None, path: str) -> tuple[CheckpointFormat, Fit]:
-    fits = {name: entry.fit(tensors) for name, entry in TABLE.items()}
-    if format is not None:
-        if not fits[format].exact:
-            raise TABLE[format].mismatch(fits[format], path)
-        return TABLE[format], fits[format]
-    exact = [name for name, fit in fits.items() if fit.exact]
-    if len(exact) > 1:
-        raise CheckpointError(f"{path} fits several formats, {', '.join(exact)}: pass load(path, format=...)")
-    if exact:
-        return TABLE[exact[0]], fits[exact[0]]
+class _OneKey:
+    """Random streams that all give the same key, for parameters that are about to be replaced.
 
-    closest = sorted(fits, key=lambda name: _likeness(TABLE[name], fits[name]), reverse=True)
-    if _likeness(TABLE[closest[0]], fits[closest[0]]) >= 0.5:
-        raise TABLE[closest[0]].mismatch(fits[closest[0]], path)
-    found = shorten(f"{name} {value.shape}" for name, value in tensors.items())
-    lines = [f"{path}: the names and shapes are of no known format.", f"  found: {found}"]
-    lines += [f"  {name} needs: {TABLE[name].describe()}" for name in closest]
-    lines += [f"  try load(path, prefix={layer!r}): it looks like {name}" for layer, name in _layers(tensors)]
-    raise UnknownFormatError("\n".join(lines))
+    `nnx.Rngs` counts its draws in a variable, which while tracing takes time quadratic in the number of draws.
+    """
+
+    def __init__(self, key: Any):
+        self._key = key
+
+    def __call__(self) -> Any:
+        return self._key
+
+    def __getattr__(self, name: str) -> Any:
+        return self
 
 
-def _likeness(entry: CheckpointFormat, fit: Fit) -> float:
-    """Share of names that the file and the format have in common, a mis-shaped one counting half."""
-    common = len(entry.shapes) - len(fit.missing)
-    return (common - 0.25 * len(fit.mismatched)) / (len(entry.shapes) + len(fit.unexpected))
+def _abstract(module_class: type, arguments: dict[str, Any]) -> Any:
+    """The module with shapes in place of arrays."""
+    import jax
+    from flax import nnx
+
+    rngs = _OneKey(jax.random.key(0))
+    return nnx.eval_shape(lambda: module_class(**arguments, rngs=rngs))
 
 
-def _layers(tensors: Mapping[str, np.ndarray], limit: int = 5) -> list[tuple[str, str]]:
-    """Sub-trees that fit a format exactly, as (prefix, format name)."""
-    groups: dict[str, dict[str, np.ndarray]] = {}
-    for name, value in tensors.items():
-        parent, _, leaf = name.rpartition(".")
-        groups.setdefault(parent, {})[leaf] = value
-    fitting = (
-        (parent, name)
-        for parent, group in groups.items()
-        if parent
-        for name, entry in TABLE.items()
-        if entry.fit(group).exact
-    )
-    return [pair for pair, _ in zip(fitting, range(limit), strict=False)]
+def _log(path: str, detection: Detection) -> None:
+    logger.info("%s: %s with %s (%s)", path, detection.format, detection.arguments, "; ".join(detection.evidence))
+    if detection.assumed:
+        assumed = ", ".join(f"{name}={value!r}" for name, value in detection.assumed.items())
+        logger.info("%s: the file does not say, assumed: %s", path, assumed)
 
 
-def _check_arguments(entry: CheckpointFormat, module_class: type, kwargs: Mapping[str, Any]) -> None:
-    parameters = inspect.signature(module_class.__init__).parameters
-    accepted = [name for name in parameters if name not in _NOT_ASKED]
-    unknown = [name for name in kwargs if name not in accepted]
+def _check_arguments(path: str, entry: Format, detection: Detection, kwargs: Mapping[str, Any]) -> None:
+    """Raise for arguments that the class lacks, that the file settles, or that only the caller can give."""
+    parameters = constructor(entry)
+    open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    settled = detection.settled
+    accepted = [name for name in parameters if name not in _NOT_ASKED and name not in settled]
+    unknown = [name for name in kwargs if name in settled or not (name in accepted or open_ended)]
+    unknown += [name for name in kwargs if name in ("dtype", "param_dtype", "rngs") and name not in unknown]
     if unknown:
         raise TypeError(
             f"load() got unexpected arguments {unknown} for {entry.name}; accepted: {', '.join(accepted)} "
-            "(d_model and d_state come from the file)"
+            f"({', '.join(sorted(settled))} come from the file)"
         )
-    for name, values in entry.asks.items():
-        if name not in kwargs:
-            raise CheckpointError(
-                f"a checkpoint of {entry.name} does not store `{name}`; "
-                f"pass load(path, {name}=...) with one of {', '.join(map(repr, values))}"
-            )
+    if detection.asks:
+        lines = [f"  {_request(name, values)}" for name, values in detection.asks.items()]
+        what = f"{path}: a checkpoint of {entry.name} does not store these arguments; pass them to load:"
+        raise CheckpointError("\n".join([what, *lines]))
 
 
-def _check_finite(tensors: Mapping[str, np.ndarray], path: str) -> None:
-    bad = []
-    for name, value in tensors.items():
-        if value.dtype.kind not in "iub":
-            count = int(np.count_nonzero(~np.isfinite(value)))
-            if count:
-                bad.append(f"{name} ({count} of {value.size})")
+def _request(name: str, values: tuple[Any, ...]) -> str:
+    expected = values[0] if len(values) == 1 else "one of " + ", ".join(map(repr, values))
+    return f"{name}: {expected}" if "=" in name else f"{name}=...: {expected}"
+
+
+def check_finite(tensors: Mapping[str, np.ndarray], path: str) -> None:
+    """Raise CheckpointError if there are NaN or infinite values; the message says where and how many."""
+    counts = {name: count_nonfinite(value) for name, value in tensors.items()}
+    bad = [f"{name} ({count} of {tensors[name].size})" for name, count in counts.items() if count]
     if bad:
         raise CheckpointError(
             f"{path} has NaN or infinite weights: {shorten(bad)}; allow_nonfinite=True loads them anyway"

@@ -9,9 +9,10 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from ..errors import CheckpointError, CorruptCheckpointError
+from .json_file import unique
 from .source import Source, reading
 
-_DTYPES = {
+DTYPES = {
     "F64": np.dtype("<f8"),
     "F32": np.dtype("<f4"),
     "F16": np.dtype("<f2"),
@@ -29,6 +30,7 @@ _DTYPES = {
     "U8": np.dtype("u1"),
     "BOOL": np.dtype(bool),
 }
+"""The format's names of element types."""
 
 
 def read_safetensors(source: Source) -> dict[str, np.ndarray]:
@@ -48,22 +50,13 @@ def read_safetensors(source: Source) -> dict[str, np.ndarray]:
         raise CorruptCheckpointError(f"{source.path} is not a sound safetensors file: {err}") from err
     with reading(source.path):
         start = 8 + int.from_bytes(source.data[:8], "little")
-        header = json.loads(bytes(source.data[8:start]), object_pairs_hook=_no_duplicates)
+        header = json.loads(bytes(source.data[8:start]), object_pairs_hook=unique)
         header.pop("__metadata__", None)
         return {name: _view(source, start, name, entry) for name, entry in header.items()}
 
 
 def _view(source: Source, start: int, name: str, entry: dict) -> np.ndarray:
-    dtype = _DTYPES.get(entry["dtype"])
+    dtype = DTYPES.get(entry["dtype"])
     if dtype is None:
-        raise CheckpointError(f"tensor {name!r} has dtype {entry['dtype']}; supported: {', '.join(_DTYPES)}")
+        raise CheckpointError(f"tensor {name!r} has dtype {entry['dtype']}; supported: {', '.join(DTYPES)}")
     return np.ndarray(entry["shape"], dtype, buffer=source.data, offset=start + entry["data_offsets"][0])
-
-
-def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        raise CorruptCheckpointError(f"the header names {twice[:5]} more than once")
-    return result

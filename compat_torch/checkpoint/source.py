@@ -76,11 +76,16 @@ def open_source(path: str | os.PathLike[str]) -> Source:
 
     Raises:
         FileNotFoundError, PermissionError: as `open` does.
-        CheckpointError: the path is a directory, a pipe or a device.
+        CheckpointError: the path is a directory, a pipe or a device, or no path at all.
         CorruptCheckpointError: the file is empty.
     """
     name = os.fspath(path)
-    mode = os.stat(name).st_mode
+    try:
+        mode = os.stat(name).st_mode
+    except (FileNotFoundError, PermissionError):
+        raise
+    except (OSError, ValueError) as err:
+        raise CheckpointError(f"{name[:200]!r} cannot be opened: {str(err)[:80]}") from err
     if stat.S_ISDIR(mode):
         raise CheckpointError(f"{name} is a directory: pass the checkpoint file inside it")
     if not stat.S_ISREG(mode):

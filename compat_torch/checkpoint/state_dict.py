@@ -5,14 +5,15 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from ..errors import CheckpointError
-from .records import Record
+from ..errors import CheckpointError, CorruptCheckpointError
+from .records import Record, as_plain
 from .safetensors_file import read_safetensors
-from .source import kind_of, open_source
+from .source import Kind, kind_of, open_source
 from .torch_legacy import read_torch_legacy
 from .torch_zip import TorchContents, read_torch_zip
 
@@ -23,6 +24,28 @@ WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "net", "network
 
 PREFIXES = ("module.", "_orig_mod.", "model.", "ema.")
 """Prefixes that wrappers (DataParallel, torch.compile, Lightning, EMA copies) put before every name."""
+
+
+MAX_NAME = 500
+"""Characters a tensor's name may have."""
+
+
+@dataclass(frozen=True)
+class StateFile:
+    """One checkpoint file, as it is.
+
+    Attributes:
+        path, kind: where it is, and what its content says it is.
+        tensors: name -> read-only array, a view of the memory-mapped file wherever possible; names as stored.
+        replaced: dotted names of pickled classes and functions that became inert records.
+        hyper_parameters: the dict of that name beside the weights (Lightning files), as plain containers.
+    """
+
+    path: str
+    kind: Kind
+    tensors: dict[str, np.ndarray]
+    replaced: tuple[str, ...] = ()
+    hyper_parameters: dict[str, Any] = field(default_factory=dict)
 
 
 def read_state_dict(path: str | os.PathLike[str], *, prefix: str = "") -> dict[str, np.ndarray]:
@@ -45,9 +68,27 @@ def read_state_dict(path: str | os.PathLike[str], *, prefix: str = "") -> dict[s
         CorruptCheckpointError: truncated, damaged, malicious or not a checkpoint.
         CheckpointError: no state_dict in it, entries that are not tensors, or nothing below `prefix`.
     """
+    file = open_file(path, prefix=prefix)
+    tensors, stripped = strip_prefixes(file.tensors)
+    if stripped:
+        logger.info("%s: took the prefix %r off all names", file.path, stripped)
+    return tensors
+
+
+def open_file(path: str | os.PathLike[str], *, prefix: str = "") -> StateFile:
+    """Open a checkpoint file as `read_state_dict` does, but leave the names as they are stored.
+
+    Args:
+        path: the file.
+        prefix: as for `read_state_dict`.
+
+    Raises:
+        FileNotFoundError, CorruptCheckpointError, CheckpointError: as `read_state_dict`.
+    """
     source = open_source(path)
     kind = kind_of(source)
     if kind == "safetensors":
+        contents = TorchContents(None, ())
         tensors: dict[str, Any] = dict(read_safetensors(source))
     else:
         contents = read_torch_zip(source) if kind == "torch zip" else read_torch_legacy(source)
@@ -56,10 +97,7 @@ def read_state_dict(path: str | os.PathLike[str], *, prefix: str = "") -> dict[s
     if prefix:
         tensors = select(tensors, prefix, source.path)
     _check_entries(tensors, source.path)
-    tensors, stripped = strip_prefixes(tensors)
-    if stripped:
-        logger.info("%s: took the prefix %r off all names", source.path, stripped)
-    return tensors
+    return StateFile(source.path, kind, tensors, contents.replaced, _hyper_parameters(contents.content, source.path))
 
 
 def find_state_dict(content: object, path: str, prefix: str = "") -> tuple[dict[str, Any], str]:
@@ -124,11 +162,21 @@ def strip_prefixes(tensors: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     return dict(zip(names, tensors.values(), strict=True)), stripped
 
 
-def shorten(items: Iterable[object], limit: int = 12) -> str:
-    """The first `limit` items, each cut to 80 characters, and how many more there are."""
-    texts = [str(item)[:80] for item in items]
+def shorten(items: Iterable[object], limit: int = 12, width: int = 80) -> str:
+    """The first `limit` items, each cut to `width` characters, and how many more there are."""
+    texts = [str(item)[:width] for item in items]
     more = f", and {len(texts) - limit} more" if len(texts) > limit else ""
     return ", ".join(texts[:limit]) + more
+
+
+def _hyper_parameters(content: object, path: str) -> dict[str, Any]:
+    if not isinstance(content, dict) or "hyper_parameters" not in content:
+        return {}
+    try:
+        plain = as_plain(content["hyper_parameters"])
+    except CheckpointError as err:
+        raise type(err)(f"{path}: hyper_parameters: {err}") from err
+    return plain if isinstance(plain, dict) else {}
 
 
 def _check_entries(tensors: Mapping[Any, Any], path: str) -> None:
@@ -141,6 +189,8 @@ def _check_entries(tensors: Mapping[Any, Any], path: str) -> None:
         raise CheckpointError(f"{path}: these entries of the state_dict are not tensors: {shorten(wrong)}")
     if not tensors:
         raise CheckpointError(f"{path} holds an empty state_dict")
+    if long := [name[:80] for name in tensors if len(name) > MAX_NAME]:
+        raise CorruptCheckpointError(f"{path}: names of tensors are longer than {MAX_NAME}: {shorten(long)}...")
 
 
 def _may_hold_tensors(value: object) -> bool:

@@ -33,7 +33,7 @@ class Storage:
     buffer: memoryview | None
 
 
-_STORAGES = {
+STORAGES = {
     "DoubleStorage": np.float64,
     "FloatStorage": np.float32,
     "HalfStorage": np.float16,
@@ -74,7 +74,7 @@ _DTYPES = {
 }
 
 CONSTANTS: dict[str, object] = {
-    **{f"torch.{name}": StorageType(np.dtype(kind)) for name, kind in _STORAGES.items()},
+    **{f"torch.{name}": StorageType(np.dtype(kind)) for name, kind in STORAGES.items()},
     "torch.storage.UntypedStorage": StorageType(np.dtype(np.uint8)),
     **{f"torch.{name}": np.dtype(kind) for name, kind in _DTYPES.items()},
 }

@@ -8,6 +8,9 @@ import zipfile
 import zlib
 from dataclasses import dataclass
 
+import numpy as np
+
+from ..arrays import release
 from ..errors import CheckpointError, CorruptCheckpointError
 from .records import Global, Record
 from .source import Source, reading
@@ -110,7 +113,9 @@ class _Records:
         if len(view) != entry.file_size:
             raise CorruptCheckpointError(f"the entry {name[:80]!r} is cut off")
         # torch writes 0 for every entry under set_crc32_options(False)
-        if entry.CRC and zlib.crc32(view) != entry.CRC:
+        damaged = entry.CRC and zlib.crc32(view) != entry.CRC
+        release(np.frombuffer(view, np.uint8))
+        if damaged:
             raise CorruptCheckpointError(f"the entry {name[:80]!r} is damaged: its checksum does not match")
         return view
 

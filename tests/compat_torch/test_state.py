@@ -12,6 +12,7 @@ from compat_torch.core.layers import depthwise_conv, linear
 from compat_torch.core.variables import Buffer
 from compat_torch.errors import CheckpointError, StateDictMismatchError
 from compat_torch.models.lti import LRU, S5
+from compat_torch.state import Entry, entries
 
 S5_SHAPES = {"A": (6, 2), "B": (6, 3), "log_dt": (6,), "C": (3, 6, 2), "D": (3, 3)}
 
@@ -144,6 +145,22 @@ def test_flax_layers_have_torchs_names_and_layouts():
 
 def noise_like(shape):
     return np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+
+
+def test_views_are_the_values_and_share_their_memory():
+    for entry in entries(Holder(1)):
+        view, value = entry.view(), np.asarray(entry.read())
+        assert (view.shape, view.dtype) == (value.shape, value.dtype)
+        np.testing.assert_array_equal(view, value)
+        if jax.default_backend() == "cpu":
+            assert np.shares_memory(view, np.asarray(entry.variable[...])), entry.name
+
+
+def test_a_complex_parameter_in_bfloat16_is_seen_as_complex64():
+    variable = nnx.Param(jnp.ones((3, 2), jnp.bfloat16), is_complex=True)
+    entry = Entry.at(("A",), variable)
+    assert entry.view().dtype == entry.read().dtype == jnp.complex64
+    np.testing.assert_array_equal(entry.view(), np.full(3, 1 + 1j))
 
 
 def test_every_kind_of_entry_round_trips():

@@ -211,7 +211,7 @@ def relength(
             (dt, A, B, P), C = arguments
             one = Continuous(dt[None], A[None], B[None], P.reshape(rank, 1, -1))
             rows = jnp.concatenate([C.real, -C.imag], -1)
-            rows = _relength_rows(_dense(one), rows, old, new, precision)
+            rows = _relength_rows(dense(one)[0], rows, old, new, precision)
             re, im = jnp.split(rows, 2, -1)
             return to_complex(re, -im)
 
@@ -221,12 +221,12 @@ def relength(
     return jax.lax.cond(old == new, unchanged, change, C)
 
 
-def _dense(one: Continuous) -> Float[Array, "N N"]:
-    """A_bar of one channel on (Re h, Im h)."""
-    n = one.A.shape[-1]
-    basis = jnp.eye(2 * n, dtype=one.dt.dtype)
-    images = advance(stepper(one), to_complex(basis[:, :n], basis[:, n:])[:, None])[:, 0]
-    return jnp.concatenate([images.real, images.imag], -1).T
+def dense(system: Continuous) -> Float[Array, "H N N"]:
+    """A_bar on (Re h, Im h)."""
+    H, n = system.A.shape
+    basis = jnp.broadcast_to(jnp.eye(2 * n, dtype=system.dt.dtype)[:, None], (2 * n, H, 2 * n))
+    images = advance(stepper(system), to_complex(basis[..., :n], basis[..., n:]))
+    return jnp.moveaxis(jnp.concatenate([images.real, images.imag], -1), 0, -1)
 
 
 def _relength_rows(A, rows, old, new: int, precision):

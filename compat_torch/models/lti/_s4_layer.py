@@ -1,110 +1,119 @@
-"""What S4 and S4D share: everything but the state matrix."""
+"""What the S4 layers share: all but the system itself and the arguments of the constructor."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from spyx.ops import fft_conv
-from spyx.ops.dtypes import to_complex, widen
+from spyx.ops.dtypes import widen
 from spyx.ops.scan import check_lengths, valid_steps
 
 from ...core.base import LRNN
-from ...core.discretization import Reference
 from ...core.layers import linear
-from ...core.variables import hint, register
 from ...interop import torch_in_torch_out
-from ...random import default_rngs
-from ._s4_parameters import (
-    ACTIVATIONS,
-    Names,
-    Transform,
-    check_transform,
-    gelu,
-    initial_dt,
-    initial_system,
-    positive,
-    stored,
-)
+from ._s4_kernels import Cache, Dropout, Kernel
+from ._s4_parameters import ACTIVATIONS, activation
 
-Cache = dict[str, Array]
-Rates = float | Mapping[str, float] | None
+
+class Activations(NamedTuple):
+    """Names of the activations: after the systems, of the gate, after the gate, after the output projection.
+
+    None is the identity; `final` None leaves the output projection out.
+    """
+
+    layer: str | None = "gelu"
+    gate: str | None = None
+    mult: str | None = None
+    final: str | None = "glu"
 
 
 class S4Layer(LRNN):
     """Skip connection, gate, output projection, dropout, lengths and layouts around a single-input system per channel.
 
-    Arguments and parameters are those of `S4D`. A subclass supplies `_kernel`, `_zero_state`, `_respond`, `_update`.
+    The input x passes input_linear to u, the systems and the skip connection give c rows of H channels, then: first
+    dropout (`_drops_twice`), activation, times the gate of x, activation, dropout, output projection and activation.
+    A constructor calls `_set_up`, then defines the parameters, which `_ssm` and `_skip` find, and calls `_init_dense`.
     """
 
-    _diagonal: bool
-    layer: Any
-    inv_dt: nnx.Variable
-    A_real: nnx.Variable
-    A_imag: nnx.Variable
-    B: nnx.Variable
-    C: nnx.Variable
-    P: nnx.Variable
+    _drops_twice: bool = False
+    swap_channels: bool = False
+    l_max: int | None = None
+    bottleneck: int | None = None
+    gate: int | None = None
+    channels: int = 1
 
-    def __init__(
+    @property
+    def _ssm(self) -> Kernel:
+        raise NotImplementedError
+
+    @property
+    def _skip(self) -> Float[Array, "c H"]:
+        raise NotImplementedError
+
+    @property
+    def _cuts(self) -> bool:
+        """Whether a call without a state cuts its kernel off at l_max."""
+        return True
+
+    @property
+    def _swaps_in_step(self) -> bool:
+        """Whether `step` orders the outputs as `swap_channels` says."""
+        return False
+
+    def _set_up(
         self,
         d_model: int,
+        d_state: int,
+        activations: Activations,
+        *,
+        transposed: bool,
+        dropout: float,
+        tie_dropout: bool,
+        drop_kernel: float = 0.0,
         bottleneck: int | None = None,
         gate: int | None = None,
-        final_act: str | None = "glu",
-        postact: str | None = None,
-        dropout: float = 0.0,
-        tie_dropout: bool = False,
-        transposed: bool = True,
-        l_max: int | None = None,
         channels: int = 1,
-        d_state: int = 64,
-        dt_min: float = 0.001,
-        dt_max: float = 0.1,
-        dt_tie: bool = True,
-        dt_transform: Transform = "exp",
-        dt_fast: bool = False,
-        rank: int = 1,
-        n_ssm: int | None = None,
-        init: str | Sequence[str] = "legs",
-        deterministic: bool = False,
-        real_transform: Transform = "exp",
-        imag_transform: Transform = "none",
-        is_real: bool = False,
-        lr: Rates = None,
-        wd: Rates = 0.0,
-        verbose: bool = True,
-        *,
+        l_max: int | None = None,
         swap_channels: bool = False,
-        drop_kernel: float = 0.0,
-        reference: Reference = "lrnnx",
-        precision: jax.lax.PrecisionLike = "highest",
-        dtype: DTypeLike | None = None,
-        param_dtype: DTypeLike | None = None,
-        rngs: nnx.Rngs | None = None,
-        **init_args: Any,
-    ):
-        super().__init__(reference=reference, precision=precision, dtype=dtype, param_dtype=param_dtype)
-        optional = {"bottleneck": bottleneck, "gate": gate, "l_max": l_max, "n_ssm": n_ssm}
+    ) -> None:
+        optional = {"bottleneck": bottleneck, "gate": gate, "l_max": l_max}
         given = {name: value for name, value in optional.items() if value is not None}
-        self._check_sizes(d_model=d_model, channels=channels, d_state=d_state, rank=rank, **given)
-        self._check_rates(dropout=dropout, drop_kernel=drop_kernel)
+        self._check_sizes(d_model=d_model, channels=channels, d_state=d_state, **given)
+        for name, rate in (("dropout", dropout), ("drop_kernel", drop_kernel)):
+            if not 0 <= rate <= 1:
+                raise ValueError(f"{self._name}: {name} must be in [0, 1], got {rate}")
+        if d_model % (bottleneck or 1):
+            raise ValueError(f"{self._name}: bottleneck must divide d_model, got {bottleneck} and {d_model}")
+        self.d_model, self.d_inner, self.d_state = d_model, d_model // (bottleneck or 1), d_state
+        self.bottleneck, self.gate, self.channels, self.l_max = bottleneck, gate, channels, l_max
+        self.transposed, self.swap_channels = bool(transposed), bool(swap_channels)
+        self._time_axis = 2 if transposed else 1
+        self._activations = activations
+        self.tie_dropout = bool(tie_dropout)
+        self.drop = nnx.Dropout(dropout, broadcast_dims=(0,) if tie_dropout else ())
+        self.drop_kernel = nnx.Dropout(drop_kernel)
+
+    def _check_pairs(self, d_state: int) -> None:
         if d_state < 2:
             raise ValueError(
                 f"{self._name}: d_state must be at least 2 (one of each conjugate pair is kept), got {d_state}"
             )
-        if d_model % (bottleneck or 1):
-            raise ValueError(f"{self._name}: bottleneck must divide d_model, got {bottleneck} and {d_model}")
-        self.d_model, self.d_inner, self.d_state = d_model, d_model // (bottleneck or 1), d_state
-        self.n_ssm = n_ssm or self.d_inner
-        if self.d_inner % self.n_ssm:
-            raise ValueError(f"{self._name}: n_ssm must divide the width {self.d_inner}, got {self.n_ssm}")
+
+    def _shared_systems(self, n_ssm: int | None, rank: int) -> int:
+        """How many systems the channels share."""
+        self._check_sizes(rank=rank, **({} if n_ssm is None else {"n_ssm": n_ssm}))
+        n_ssm = n_ssm or self.d_inner
+        if self.d_inner % n_ssm:
+            raise ValueError(f"{self._name}: n_ssm must divide the width {self.d_inner}, got {n_ssm}")
+        return n_ssm
+
+    def _final_act(self, final_act: str | None, postact: str | None) -> str | None:
+        """The one of two arguments that is in use."""
         if postact is not None:
             if final_act is not None:
                 raise ValueError(
@@ -113,133 +122,28 @@ class S4Layer(LRNN):
                 )
             final_act = postact
         self._check_choice("final_act", final_act, (None, *ACTIVATIONS))
-        self.bottleneck, self.gate, self.final_act = bottleneck, gate, final_act
-        self.l_max, self.channels, self.rank, self.init = (
-            l_max,
-            channels,
-            rank,
-            init if isinstance(init, str) else tuple(init),
-        )
-        self.tie_dropout, self.transposed, self.swap_channels = bool(tie_dropout), bool(transposed), bool(swap_channels)
-        self._time_axis = 2 if transposed else 1
-        self.dt_transform: Transform = dt_transform
-        self.real_transform: Transform = real_transform
-        self.imag_transform: Transform = imag_transform
-        self.dt_fast, self.is_real, self.deterministic_init = bool(dt_fast), bool(is_real), bool(deterministic)
-        rngs = default_rngs(rngs)
-        inv_dt = initial_dt(
-            self.d_inner, d_state // 2, dt_min=dt_min, dt_max=dt_max, dt_tie=dt_tie, dt_transform=dt_transform,
-            dt_fast=dt_fast, deterministic=deterministic, reference=reference, key=rngs.params(),
-        )  # fmt: skip
-        system = initial_system(
-            init, d_state, rank, self.n_ssm, self.d_inner, channels, deterministic=deterministic, key=rngs.params(),
-            **init_args,
-        )  # fmt: skip
-        self._register_system(inv_dt, *system, lr, wd)
-        self._init_dense(rngs)
-        self.drop = nnx.Dropout(dropout, broadcast_dims=(0,) if tie_dropout else ())
-        self.drop_kernel = nnx.Dropout(drop_kernel)
+        return final_act
 
-    def _check_rates(self, **rates: float) -> None:
-        for name, rate in rates.items():
-            if not 0 <= rate <= 1:
-                raise ValueError(f"{self._name}: {name} must be in [0, 1], got {rate}")
-
-    def _register_system(self, inv_dt, A, P, B, C, lr: Rates, wd: Rates) -> None:
-        for name, rates in (("lr", lr), ("wd", wd)):
-            if isinstance(rates, Mapping) and (unknown := sorted(rates.keys() - {"dt", "A", "B"})):
-                raise ValueError(f"{self._name}: {name} may name 'dt', 'A' and 'B', got {unknown}")
-
-        def variable(group: str, value) -> nnx.Variable:
-            rate, decay = (rates.get(group) if isinstance(rates, Mapping) else rates for rates in (lr, wd))
-            return register(jnp.asarray(value, self.param_dtype), rate, decay)
-
-        def parts(value) -> Array:
-            return jnp.stack([value.real, value.imag], -1)
-
-        def real_or_parts(value) -> Array:
-            return value.real if self.is_real else parts(value)
-
-        check_transform("real_transform", self.real_transform, -A.real)
-        check_transform("imag_transform", self.imag_transform, 0.0 * A.real if self.is_real else -A.imag)
-        self.inv_dt = variable("dt", inv_dt)
-        self.C = self._param(real_or_parts(C))
-        if self.reference == "lrnnx":
-            hint(self.C, weight_decay=0.0)
-        self.B = variable("B", real_or_parts(B)[None])
-        self.A_real = variable("A", stored(-A.real, self.real_transform))
-        names = ["inv_dt", "C", "B", "A_real"]
-        if not self.is_real:
-            self.A_imag = variable("A", stored(-A.imag, self.imag_transform))
-            names.append("A_imag")
-        if not self._diagonal:
-            self.P = variable("A", parts(P))
-            names.append("P")
-        self.layer = Names(kernel=Names(**{name: getattr(self, name) for name in names}))
-
-    def _init_dense(self, rngs: nnx.Rngs) -> None:
-        H, W = self.d_inner, self.channels * self.d_inner
+    def _init_dense(self, rngs: nnx.Rngs, gate_in_list: bool) -> None:
+        """The dense layers; the gate's weight is input_gate.0.weight or input_gate.weight."""
+        H, W, act = self.d_inner, self.channels * self.d_inner, self._activations
         dense: dict[str, Any] = {"param_dtype": self.param_dtype, "precision": self.precision, "rngs": rngs}
         if self.bottleneck is not None:
             self.input_linear = linear(self.d_model, H, **dense)
-        self.D = self._param(jax.random.normal(rngs.params(), (self.channels, H)))
         if self.gate is not None:
-            self.input_gate = nnx.List([linear(self.d_model, self.gate * H, **dense)])
+            gate = linear(self.d_model, self.gate * H * (2 if act.gate == "glu" else 1), **dense)
+            self.input_gate = nnx.List([gate]) if gate_in_list else gate
             if self.gate != self.channels:
                 self.output_gate = linear(W, self.gate * H, **dense)
             W = self.gate * H
-        if self.final_act is not None:
-            double = self.reference == "paper" and self.final_act == "glu"
-            self.output_linear = nnx.List([linear(W, self.d_model * (2 if double else 1), **dense)])
-        self._d_output = W if self.final_act is None else self.d_model
+        if act.final is not None:
+            self.output_linear = nnx.List([linear(W, self.d_model * (2 if act.final == "glu" else 1), **dense)])
+        self._d_output = W if act.final is None else self.d_model
 
     @property
     def d_output(self) -> int:
         """Width of the output: d_model, or without the final projection what comes before it."""
         return self._d_output
-
-    def _system(self, rate: float = 1.0) -> tuple[Array, Array, Array, Array]:
-        """dt (H, 1) or (H, n), A, B (H, n), C (c, H, n), as the parameters are now."""
-        inv_dt = widen(self.inv_dt[...])
-        dt = rate * positive(jnp.sinh(inv_dt) if self.dt_fast else inv_dt, self.dt_transform)
-        A: Array = -positive(widen(self.A_real[...]), self.real_transform)
-        B, C = widen(self.B[0]), widen(self.C[...])
-        if not self.is_real:
-            A = to_complex(A, -positive(widen(self.A_imag[...]), self.imag_transform))
-            B, C = to_complex(B[..., 0], B[..., 1]), to_complex(C[..., 0], C[..., 1])
-        return dt, self._tile(A), self._tile(B), C
-
-    def _tile(self, value: Array) -> Array:
-        """The n_ssm systems (..., S, n), repeated for all channels."""
-        repeats = (1,) * (value.ndim - 2) + (self.d_inner // self.n_ssm, 1)
-        return jnp.tile(value, repeats)
-
-    def _kernel_length(self, L: int, rate: float) -> int:
-        """lrnnx cuts the kernel off at l_max steps of rate 1."""
-        return L if self.l_max is None or self.reference == "paper" else min(L, round(self.l_max / rate))
-
-    def _kernel(self, L: int, rate: float) -> Float[Array, "c H L"]:
-        """The convolution kernel of L steps."""
-        raise NotImplementedError
-
-    def _zero_state(self, batch_size: int) -> Cache:
-        """The cache before the first step; `lrnn_state` is the state."""
-        raise NotImplementedError
-
-    def _respond(
-        self, u: Float[Array, "L B H"], cache: Cache, valid: Bool[Array, "L B"] | None, rngs: Any
-    ) -> tuple[Float[Array, "L B c H"], Cache]:
-        """Outputs and cache of the recurrence from a state; u is 0 where not valid, and y may be anything there."""
-        raise NotImplementedError
-
-    def _update(self, u: Float[Array, "B H"], cache: Cache) -> tuple[Float[Array, "B c H"], Cache]:
-        """One step of the recurrence."""
-        raise NotImplementedError
-
-    def _with_state(self, state: Array) -> Cache:
-        """A cache around a state that the caller brings."""
-        batch = state.shape[0] if state.ndim else 0
-        return {**self._zero_state(batch), "lrnn_state": state}
 
     @torch_in_torch_out
     def __call__(
@@ -291,13 +195,14 @@ class S4Layer(LRNN):
             u = jnp.where(valid[..., None], u, 0)
         after: Any = None
         if state is None and inference_cache is None:
-            y = self._convolve(u, self._kernel_length(L, rate), rate, rngs)
+            cut = L if self.l_max is None or not self._cuts else min(L, round(self.l_max / rate))
+            y = self._convolve(u, self._ssm.kernel(cut, rate, self.l_max), rngs)
         elif rate != 1:
             raise ValueError(f"{self._name}: rate={rate} needs a call without state and cache")
         else:
-            cache = self._with_state(jnp.asarray(state)) if inference_cache is None else inference_cache
+            cache = self._ssm.with_state(jnp.asarray(state)) if inference_cache is None else inference_cache
             self._check_cache(cache, B)
-            y, after = self._respond(u, cache, valid, rngs)
+            y, after = self._respond(u, cache, valid, self._kernel_dropout(rngs))
             after = after if state is None else after["lrnn_state"][..., : jnp.shape(state)[-1]]
         y = self._leave(y, u, v, x.dtype, self.swap_channels, rngs)
         if valid is not None:
@@ -323,7 +228,7 @@ class S4Layer(LRNN):
         self._check_cache(inference_cache, x.shape[0])
         v, u = self._enter(x[None])
         y, cache = self._update(u[0], inference_cache)
-        swap = self.swap_channels and self.reference == "paper"
+        swap = self.swap_channels and self._swaps_in_step
         return self._leave(y[None], u, v, x.dtype, swap, rngs)[0], cache
 
     def allocate_inference_cache(self, batch_size: int, max_seqlen: int = 1, dtype: Any = None) -> Cache:
@@ -371,7 +276,7 @@ class S4Layer(LRNN):
                 )
 
     def _check_cache(self, cache: Cache, batch: int) -> None:
-        wanted = jax.eval_shape(lambda: self._zero_state(batch))
+        wanted = jax.eval_shape(lambda: self._zeros_like(cache, batch))
         if not isinstance(cache, dict) or not wanted.keys() <= cache.keys():
             found = sorted(cache) if isinstance(cache, dict) else type(cache).__name__
             raise ValueError(
@@ -384,28 +289,54 @@ class S4Layer(LRNN):
                     f"{self._name}: {name} must have shape {leaf.shape} for this input, got {cache[name].shape}"
                 )
 
+    def _zero_state(self, batch_size: int) -> Cache:
+        """The cache before the first step, in which a state of the caller fits."""
+        return self._ssm.zero_state(batch_size)
+
+    def _zeros_like(self, cache: Cache, batch_size: int) -> Cache:
+        """A cache of the kind of `cache`, which may be anything."""
+        return self._zero_state(batch_size)
+
+    def _respond(
+        self, u: Float[Array, "L B H"], cache: Cache, valid: Bool[Array, "L B"] | None, drop: Dropout | None
+    ) -> tuple[Float[Array, "L B c H"], Cache]:
+        """Outputs and cache of the recurrence from a cache; `drop` is the dropout of the kernel, if there is any."""
+        return self._ssm.respond(u, cache, valid, drop)
+
+    def _update(self, u: Float[Array, "B H"], cache: Cache) -> tuple[Float[Array, "B c H"], Cache]:
+        """One step of the recurrence."""
+        return self._ssm.update(u, cache)
+
+    def _kernel_dropout(self, rngs: Any) -> Dropout | None:
+        if self.drop_kernel.rate == 0 or self.drop_kernel.deterministic:
+            return None
+        return lambda k: self.drop_kernel(k, rngs=rngs)
+
     def _enter(self, x: Float[Array, "L B H"]) -> tuple[Array | None, Float[Array, "L B D"]]:
         """The gate, and the input of the system in float32 or wider."""
-        v = None if self.gate is None else gelu(self.input_gate[0](x))
+        v = None
+        if self.gate is not None:
+            gate = self.input_gate[0] if isinstance(self.input_gate, nnx.List) else self.input_gate
+            v = activation(self._activations.gate, gate(x))
         return v, widen(x if self.bottleneck is None else self.input_linear(x))
 
-    def _convolve(self, u: Float[Array, "L B H"], L: int, rate: float, rngs: Any) -> Float[Array, "L B c H"]:
-        """The convolution with the first L steps of the kernel."""
-        k = self.drop_kernel(self._kernel(L, rate), rngs=rngs)
-        return fft_conv(u, jnp.moveaxis(k, -1, 0))
+    def _convolve(self, u: Float[Array, "L B H"], k: Float[Array, "c H M"], rngs: Any) -> Float[Array, "L B c H"]:
+        """The convolution with a kernel."""
+        return fft_conv(u, jnp.moveaxis(self.drop_kernel(k, rngs=rngs), -1, 0))
 
     def _leave(self, y: Float[Array, "L B c H"], u, v, dtype, swap: bool, rngs: Any) -> Float[Array, "L B W"]:
         """Skip connection, activations, gate, dropout, output projection."""
-        y = y + u[:, :, None] * widen(self.D[...])
+        act = self._activations
+        y = y + u[:, :, None] * widen(self._skip)
         y = jnp.swapaxes(y, 2, 3) if swap else y
-        y = gelu(y.reshape(*y.shape[:2], self.channels * self.d_inner))
+        y = y.reshape(*y.shape[:2], y.shape[2] * y.shape[3])
+        if self._drops_twice:
+            y = self.drop(y, rngs=rngs)
+        y = activation(act.layer, y)
         if v is not None:
             y = y if self.gate == self.channels else self.output_gate(y.astype(dtype))
             y = y * v
-        if self.reference == "lrnnx":
-            y = gelu(y)
-        y = self.drop(y, rngs=rngs).astype(dtype)
-        if self.final_act is not None:
-            act = gelu if self.reference == "lrnnx" else ACTIVATIONS[self.final_act]
-            y = act(self.output_linear[0](y)).astype(dtype)
+        y = self.drop(activation(act.mult, y), rngs=rngs).astype(dtype)
+        if act.final is not None:
+            y = activation(act.final, self.output_linear[0](y)).astype(dtype)
         return y

@@ -15,8 +15,6 @@ from jaxtyping import Array, Complex, Float
 
 from spyx.ops import hippo
 
-from ...core.discretization import Reference
-
 Transform = Literal["none", "exp", "relu", "sigmoid", "softplus"]
 
 _FLOOR = 1e-4  # no positive number is stored smaller; "relu" adds it back
@@ -41,6 +39,11 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "sigmoid": jax.nn.sigmoid,
     "softplus": jax.nn.softplus,
 }
+
+
+def activation(name: str | None, x: Float[Array, "*B H"]) -> Float[Array, "*B W"]:
+    """The activation of that name; None is the identity."""
+    return x if name is None else ACTIVATIONS[name](x)
 
 
 class Names(nnx.Module):
@@ -94,10 +97,13 @@ def initial_dt(
     dt_transform: Transform,
     dt_fast: bool,
     deterministic: bool,
-    reference: Reference,
+    as_its_own_logarithm: bool,
     key: Array,
 ) -> Float[Array, "H 1"] | Float[Array, "H n"]:
     """inv_dt as it is stored: steps log-uniform in [dt_min, dt_max], or evenly spaced in the logarithm.
+
+    With `deterministic`, `as_its_own_logarithm` stores the step where its logarithm is meant: steps in
+    [exp(dt_min), exp(dt_max)], as the original S4 and lrnnx have it.
 
     Raises:
         ValueError: not 0 < dt_min <= dt_max, unknown transform, or `deterministic` with another transform than
@@ -114,7 +120,7 @@ def initial_dt(
                 f"got dt_tie={dt_tie}, dt_transform={dt_transform!r}"
             )
         inv_dt = jnp.linspace(low, high, H)[:, None]
-        if reference == "lrnnx":
+        if as_its_own_logarithm:
             inv_dt = jnp.exp(inv_dt)
     else:
         log_dt = jax.random.uniform(key, (H, 1 if dt_tie else n), minval=low, maxval=high)

@@ -6,19 +6,17 @@ from collections.abc import Sequence
 from typing import Any, get_args
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float
 
 from ...core.discretization import Reference
-from . import _s4_diagonal as diagonal
 from ._s4_diagonal import Disc
-from ._s4_layer import Cache, Rates, S4Layer
+from ._s4_kernels import Rates, Register, SSMKernelDiag, Storage
+from ._s4_lrnnx import LrnnxS4
 from ._s4_parameters import Transform
 
 
-class S4D(S4Layer):
+class S4D(LrnnxS4):
     """S4D: a diagonal system per channel, (B, H, L) -> ((B, H, L), state).
 
     With u the input: h_t = A_bar h_{t-1} + B_bar u_t, y_t = 2 Re(C h_t) + D u_t for every channel of u and each of the
@@ -90,8 +88,6 @@ final_act; for glu the projection has width 2 d_model |
     Source: S4D (arXiv:2206.11893); lrnnx 1.0.0 `lrnnx.models.lti.S4D`.
     """
 
-    _diagonal = True
-
     def __init__(
         self,
         d_model: int,
@@ -140,31 +136,5 @@ final_act; for glu the projection has width 2 d_model |
             reference=reference, precision=precision, dtype=dtype, param_dtype=param_dtype, rngs=rngs, **init_args,
         )  # fmt: skip
 
-    def _kernel(self, L: int, rate: float) -> Float[Array, "c H L"]:
-        return diagonal.kernel(diagonal.Continuous(*self._system(rate)), self.disc, L, self.precision)
-
-    def _discrete(self) -> diagonal.Discrete:
-        if self.disc == "dss":
-            raise ValueError(
-                f'{self._name}: disc="dss" normalises its kernel over the whole sequence: no step, state or cache'
-            )
-        return diagonal.discretize(diagonal.Continuous(*self._system()), self.disc)
-
-    def _zero_state(self, batch_size: int) -> Cache:
-        system = self._discrete()
-        return {"lrnn_state": jnp.zeros((batch_size, *system.A.shape), system.A.dtype)}
-
-    def _respond(
-        self, u: Float[Array, "L B H"], cache: Cache, valid: Bool[Array, "L B"] | None, rngs: Any
-    ) -> tuple[Float[Array, "L B c H"], Cache]:
-        system, h, L = self._discrete(), cache["lrnn_state"], u.shape[0]
-        free = jnp.moveaxis(diagonal.free_response(system, h, L, self.precision), -1, 0)
-        lengths = None if valid is None else jnp.sum(valid, 0)
-        after = diagonal.final_state(system, jnp.moveaxis(u, 0, -1), h, lengths, self.precision)
-        y = self._convolve(u, L, 1.0, rngs) + free
-        return y, {**cache, "lrnn_state": after.astype(h.dtype)}
-
-    def _update(self, u: Float[Array, "B H"], cache: Cache) -> tuple[Float[Array, "B c H"], Cache]:
-        h = cache["lrnn_state"]
-        y, after = diagonal.step(self._discrete(), u, h)
-        return y, {**cache, "lrnn_state": after.astype(h.dtype)}
+    def _make_kernel(self, storage: Storage, inv_dt, A, P, B, C, register: Register) -> SSMKernelDiag:
+        return SSMKernelDiag(self._name, storage, self.disc, inv_dt, A, B, C, register, self.precision)

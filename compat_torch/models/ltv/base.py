@@ -22,8 +22,11 @@ class LTV_LRNN(LRNN):
     """A layer whose recurrence depends on its input: (B, L, H) -> (B, L, H).
 
     A subclass supplies `_scan` and `_update`, time-major, and `_zero_state`. The cache is a dict of arrays:
-    what `_zero_state` names, and `seqlen_offset` int32 (B,), the number of valid steps seen so far.
+    what `_zero_state` names, and `seqlen_offset` int32 (B,), the number of valid steps seen so far. `_event_mode` says
+    whether its time steps can vary.
     """
+
+    _event_mode: bool = False
 
     def _scan(
         self,
@@ -143,6 +146,11 @@ class LTV_LRNN(LRNN):
     def _timesteps(self, timesteps, shape: tuple[int, ...], layout: str) -> Array | None:
         if timesteps is None:
             return None
+        if not self._event_mode:
+            raise ValueError(
+                f"{self._name} has no step size that integration_timesteps could scale; pass None, or use S5 or Mamba "
+                "of compat_torch.models.ltv"
+            )
         timesteps = jnp.asarray(timesteps)
         if timesteps.shape not in (shape, (*shape, 1)):
             raise ValueError(

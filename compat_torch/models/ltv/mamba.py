@@ -1,4 +1,4 @@
-"""lrnnx's Mamba, with its event mode."""
+"""Mamba's mixer, and lrnnx's Mamba, which has an event mode besides."""
 
 from __future__ import annotations
 
@@ -24,7 +24,125 @@ from ...state import IncompatibleKeys
 from .base import LTV_LRNN, Cache
 
 
-class Mamba(LTV_LRNN):
+class MambaMixer(LTV_LRNN):
+    """A selective state-space block: (B, L, d_model) -> (B, L, d_model); see `Mamba`.
+
+    Args:
+        d_model: width of input and output.
+        d_inner: channels of the recurrence.
+        d_state: number N of states of each channel.
+        d_conv: taps K of the causal convolution.
+        dt_rank: width R of the input of dt_proj.
+        dt_min, dt_max, dt_init, dt_scale, dt_init_floor, conv_bias, bias, discretization: see `Mamba`.
+        norm_eps: if not None, r, B and C are divided by their root mean square, with this under the root (Falcon).
+        event_mode: have dtA_proj and take integration_timesteps.
+        precision, dtype, param_dtype, rngs: see `Mamba`.
+
+    Raises:
+        ValueError: see `Mamba`.
+
+    Source: Mamba (arXiv:2312.00752); norms: Falcon Mamba (arXiv:2410.05355).
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_inner: int,
+        d_state: int,
+        d_conv: int,
+        dt_rank: int,
+        *,
+        dt_min: float = 0.001,
+        dt_max: float = 0.1,
+        dt_init: Literal["random", "constant"] = "random",
+        dt_scale: float = 1.0,
+        dt_init_floor: float = 1e-4,
+        conv_bias: bool = True,
+        bias: bool = False,
+        discretization: Discretization = "mamba",
+        norm_eps: float | None = None,
+        event_mode: bool = False,
+        reference: Reference = "lrnnx",
+        precision: jax.lax.PrecisionLike = "highest",
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike | None = None,
+        rngs: nnx.Rngs | None = None,
+    ):
+        super().__init__(reference=reference, precision=precision, dtype=dtype, param_dtype=param_dtype)
+        self._check_sizes(d_model=d_model, d_state=d_state, d_conv=d_conv, d_inner=d_inner, dt_rank=dt_rank)
+        self._check_choice("discretization", discretization, get_args(Discretization))
+        self._check_choice("dt_init", dt_init, ("random", "constant"))
+        self.d_model, self.d_inner, self.d_state, self.d_conv, self.dt_rank = d_model, d_inner, d_state, d_conv, dt_rank
+        self.discretization: Discretization = discretization
+        self.norm_eps, self._event_mode = norm_eps, event_mode
+
+        rngs = default_rngs(rngs)
+        common = {"param_dtype": self.param_dtype, "precision": precision, "rngs": rngs}
+        self.in_proj = linear(d_model, 2 * d_inner, bias=bias, **common)
+        self.conv1d = depthwise_conv(d_inner, d_conv, bias=conv_bias, **common)
+        self.x_proj = linear(d_inner, dt_rank + 2 * d_state, bias=False, **common)
+        self.dt_proj = linear(dt_rank, d_inner, **common)
+        if event_mode:
+            self.dtA_proj = linear(dt_rank, d_inner, **common)
+        bound = dt_scale * dt_rank**-0.5
+        shape = (dt_rank, d_inner)
+        uniform = jax.random.uniform(rngs.params(), shape, minval=-bound, maxval=bound)
+        weight = uniform if dt_init == "random" else jnp.full(shape, bound)
+        self.dt_proj.kernel.set_value(weight.astype(self.param_dtype))
+        dt_bias = initial_dt_bias(d_inner, dt_min, dt_max, dt_init_floor, self._name, rngs)
+        hint(bias_of(self.dt_proj), no_reinit=True).set_value(dt_bias.astype(self.param_dtype))
+        wide = widen(jnp.zeros((), self.param_dtype)).dtype
+        A = jnp.broadcast_to(jnp.arange(1, d_state + 1, dtype=wide), (d_inner, d_state))
+        self.A_log = hint(nnx.Param(jnp.log(A)), no_weight_decay=True)
+        self.D = hint(nnx.Param(jnp.ones((d_inner,), wide)), no_weight_decay=True)
+        self.out_proj = linear(d_inner, d_model, bias=bias, **common)
+
+    def _scan(
+        self,
+        x: Float[Array, "L B H"],
+        timesteps: Float[Array, "L B"] | None,
+        lengths: Int[Array, " B"] | None,
+        state: Cache | None,
+    ) -> tuple[Float[Array, "L B H"], Cache]:
+        state = state or {}
+        u, z = jnp.split(self.in_proj(x), 2, -1)
+        u, conv_state = causal_conv1d(
+            u, *taps(self.conv1d), state.get("conv_state"), activation="silu", lengths=lengths, return_state=True
+        )
+        system, options = self._system(u, timesteps)
+        y, h = selective_scan(
+            u, *system, self.D[...], z, **options, h0=state.get("lrnn_state"), lengths=lengths, return_state=True
+        )
+        return self.out_proj(y), {"conv_state": conv_state, "lrnn_state": h}
+
+    def _update(
+        self, x: Float[Array, "B H"], timesteps: Float[Array, " B"] | None, state: Cache
+    ) -> tuple[Float[Array, "B H"], Cache]:
+        u, z = jnp.split(self.in_proj(x), 2, -1)
+        u, conv_state = causal_conv1d_update(u, state["conv_state"], *taps(self.conv1d), activation="silu")
+        system, options = self._system(u, timesteps)
+        y, h = selective_state_update(state["lrnn_state"], u, *system, self.D[...], z, **options)
+        return self.out_proj(y), {"conv_state": conv_state, "lrnn_state": h}
+
+    def _system(
+        self, u: Float[Array, "*L B D"], timesteps: Array | None
+    ) -> tuple[tuple[Array, Array, Array, Array], dict[str, Any]]:
+        """(dt, A, B, C) and the options of the scan, from the convolved input."""
+        R, N = self.dt_rank, self.d_state
+        r, B, C = jnp.split(self.x_proj(u), [R, R + N], -1)
+        if self.norm_eps is not None:
+            r, B, C = (_unit_rms(v, self.norm_eps) for v in (r, B, C))
+        options: dict[str, Any] = {"dt_softplus": True, "discretization": self.discretization}
+        if timesteps is not None:
+            options["dt_A"] = timesteps[..., None] * jax.nn.softplus(widen(bias_of(self.dtA_proj)[...]))
+        return (self.dt_proj(r), -jnp.exp(widen(self.A_log[...])), B, C), options
+
+    def _zero_state(self, batch_size: int, dtype: DTypeLike) -> Cache:
+        state = jnp.zeros((batch_size, self.d_inner, self.d_state), widen(jnp.zeros((), dtype)).dtype)
+        return {"conv_state": jnp.zeros((batch_size, self.d_inner, self.d_conv), dtype), "lrnn_state": state}
+
+
+class Mamba(MambaMixer):
     """Mamba, a selective state-space block: (B, L, d_model) -> (B, L, d_model).
 
     With u = silu(conv1d(x)) for [x, z] = in_proj(input), and [r, B, C] = x_proj(u): h_t = A_bar_t h_{t-1} +
@@ -94,41 +212,15 @@ class Mamba(LTV_LRNN):
         param_dtype: DTypeLike | None = None,
         rngs: nnx.Rngs | None = None,
     ):
-        super().__init__(reference=reference, precision=precision, dtype=dtype, param_dtype=param_dtype)
         self._check_device(device)
-        d_inner = int(expand * d_model)
-        dt_rank = math.ceil(d_model / 16) if dt_rank == "auto" else dt_rank
-        self._check_sizes(d_model=d_model, d_state=d_state, d_conv=d_conv, d_inner=d_inner, dt_rank=dt_rank)
-        self._check_choice("discretization", discretization, get_args(Discretization))
-        self._check_choice("dt_init", dt_init, ("random", "constant"))
-        if not 0 < dt_min <= dt_max:
-            raise ValueError(f"Mamba needs 0 < dt_min <= dt_max, got dt_min={dt_min}, dt_max={dt_max}")
-        self.d_model, self.d_state, self.d_conv, self.expand = d_model, d_state, d_conv, expand
-        self.d_inner, self.dt_rank = d_inner, dt_rank
-        self.discretization: Discretization = discretization
+        super().__init__(
+            d_model, int(expand * d_model), d_state, d_conv, math.ceil(d_model / 16) if dt_rank == "auto" else dt_rank,
+            dt_min=dt_min, dt_max=dt_max, dt_init=dt_init, dt_scale=dt_scale, dt_init_floor=dt_init_floor,
+            conv_bias=conv_bias, bias=bias, discretization=discretization, event_mode=True,
+            reference=reference, precision=precision, dtype=dtype, param_dtype=param_dtype, rngs=rngs,
+        )  # fmt: skip
+        self.expand = expand
         self.use_fast_path, self.layer_idx = use_fast_path, layer_idx
-
-        rngs = default_rngs(rngs)
-        common = {"param_dtype": self.param_dtype, "precision": precision, "rngs": rngs}
-        self.in_proj = linear(d_model, 2 * d_inner, bias=bias, **common)
-        self.conv1d = depthwise_conv(d_inner, d_conv, bias=conv_bias, **common)
-        self.x_proj = linear(d_inner, dt_rank + 2 * d_state, bias=False, **common)
-        self.dt_proj = linear(dt_rank, d_inner, **common)
-        self.dtA_proj = linear(dt_rank, d_inner, **common)
-        bound = dt_scale * dt_rank**-0.5
-        shape = (dt_rank, d_inner)
-        uniform = jax.random.uniform(rngs.params(), shape, minval=-bound, maxval=bound)
-        weight = uniform if dt_init == "random" else jnp.full(shape, bound)
-        self.dt_proj.kernel.set_value(weight.astype(self.param_dtype))
-        log_dt = jax.random.uniform(rngs.params(), (d_inner,), minval=math.log(dt_min), maxval=math.log(dt_max))
-        dt = jnp.maximum(jnp.exp(log_dt), dt_init_floor)
-        dt_bias = hint(bias_of(self.dt_proj), no_reinit=True)
-        dt_bias.set_value((dt + jnp.log(-jnp.expm1(-dt))).astype(self.param_dtype))
-        wide = widen(jnp.zeros((), self.param_dtype)).dtype
-        A = jnp.broadcast_to(jnp.arange(1, d_state + 1, dtype=wide), (d_inner, d_state))
-        self.A_log = hint(nnx.Param(jnp.log(A)), no_weight_decay=True)
-        self.D = hint(nnx.Param(jnp.ones((d_inner,), wide)), no_weight_decay=True)
-        self.out_proj = linear(d_inner, d_model, bias=bias, **common)
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, *, dtype: DTypeLike | None = None
@@ -143,44 +235,22 @@ class Mamba(LTV_LRNN):
             state_dict = {**state_dict, **{name: value for name, value in copies.items() if value is not None}}
         return super().load_state_dict(state_dict, strict, dtype=dtype)
 
-    def _scan(
-        self,
-        x: Float[Array, "L B H"],
-        timesteps: Float[Array, "L B"] | None,
-        lengths: Int[Array, " B"] | None,
-        state: Cache | None,
-    ) -> tuple[Float[Array, "L B H"], Cache]:
-        state = state or {}
-        u, z = jnp.split(self.in_proj(x), 2, -1)
-        u, conv_state = causal_conv1d(
-            u, *taps(self.conv1d), state.get("conv_state"), activation="silu", lengths=lengths, return_state=True
-        )
-        system, options = self._system(u, timesteps)
-        y, h = selective_scan(
-            u, *system, self.D[...], z, **options, h0=state.get("lrnn_state"), lengths=lengths, return_state=True
-        )
-        return self.out_proj(y), {"conv_state": conv_state, "lrnn_state": h}
 
-    def _update(
-        self, x: Float[Array, "B H"], timesteps: Float[Array, " B"] | None, state: Cache
-    ) -> tuple[Float[Array, "B H"], Cache]:
-        u, z = jnp.split(self.in_proj(x), 2, -1)
-        u, conv_state = causal_conv1d_update(u, state["conv_state"], *taps(self.conv1d), activation="silu")
-        system, options = self._system(u, timesteps)
-        y, h = selective_state_update(state["lrnn_state"], u, *system, self.D[...], z, **options)
-        return self.out_proj(y), {"conv_state": conv_state, "lrnn_state": h}
+def initial_dt_bias(
+    size: int, dt_min: float, dt_max: float, floor: float, name: str, rngs: nnx.Rngs
+) -> Float[Array, " size"]:
+    """The inverse of softplus of step sizes log-uniform in [dt_min, dt_max], not below `floor`.
 
-    def _system(
-        self, u: Float[Array, "*L B D"], timesteps: Array | None
-    ) -> tuple[tuple[Array, Array, Array, Array], dict[str, Any]]:
-        """(dt, A, B, C) and the options of the scan, from the convolved input."""
-        R, N = self.dt_rank, self.d_state
-        r, B, C = jnp.split(self.x_proj(u), [R, R + N], -1)
-        options: dict[str, Any] = {"dt_softplus": True, "discretization": self.discretization}
-        if timesteps is not None:
-            options["dt_A"] = timesteps[..., None] * jax.nn.softplus(widen(bias_of(self.dtA_proj)[...]))
-        return (self.dt_proj(r), -jnp.exp(widen(self.A_log[...])), B, C), options
+    Raises:
+        ValueError: not 0 < dt_min <= dt_max; `name` is that of the layer.
+    """
+    if not 0 < dt_min <= dt_max:
+        raise ValueError(f"{name} needs 0 < dt_min <= dt_max, got dt_min={dt_min}, dt_max={dt_max}")
+    log_dt = jax.random.uniform(rngs.params(), (size,), minval=math.log(dt_min), maxval=math.log(dt_max))
+    dt = jnp.maximum(jnp.exp(log_dt), floor)
+    return dt + jnp.log(-jnp.expm1(-dt))
 
-    def _zero_state(self, batch_size: int, dtype: DTypeLike) -> Cache:
-        state = jnp.zeros((batch_size, self.d_inner, self.d_state), widen(jnp.zeros((), dtype)).dtype)
-        return {"conv_state": jnp.zeros((batch_size, self.d_inner, self.d_conv), dtype), "lrnn_state": state}
+
+def _unit_rms(x: Float[Array, "*L N"], eps: float) -> Float[Array, "*L N"]:
+    wide = widen(x)
+    return (wide * jax.lax.rsqrt(jnp.mean(wide**2, -1, keepdims=True) + eps)).astype(x.dtype)

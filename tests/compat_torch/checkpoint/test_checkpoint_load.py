@@ -1,4 +1,4 @@
-"""`compat_torch.load` for lrnnx S5 and LRU."""
+"""`compat_torch.load`: files, arguments, errors (on lrnnx S5 and LRU), and its options."""
 
 import logging
 import subprocess
@@ -100,9 +100,9 @@ def test_format_is_logged_and_can_be_given(tmp_path, caplog):
     path = write(tmp_path / "w.pt", lru_weights(), "pt")
     compat_torch.load(path)
     assert "lrnnx.lti.LRU" in caplog.text
-    assert FORMATS == ("lrnnx.lti.S5", "lrnnx.lti.LRU")
+    assert {"lrnnx.lti.S5", "lrnnx.lti.LRU"} < set(FORMATS)
     compat_torch.load(path, format="lrnnx.lti.LRU")
-    with pytest.raises(ValueError, match=r"'s5' is not known; choose from 'lrnnx\.lti\.S5', 'lrnnx"):
+    with pytest.raises(ValueError, match=r"'s5' is not known; choose from .*'lrnnx\.lti\.S5', 'lrnnx"):
         compat_torch.load(path, format="s5")
     with pytest.raises(StateDictMismatchError, match=r"lrnnx\.lti\.S5"):
         compat_torch.load(path, format="lrnnx.lti.S5", discretization="zoh")
@@ -110,7 +110,9 @@ def test_format_is_logged_and_can_be_given(tmp_path, caplog):
 
 def test_what_the_file_cannot_give_is_asked_for(tmp_path):
     path = write(tmp_path / "w.pt", s5_weights(), "pt")
-    message = r"does not store `discretization`; pass .* one of 'zoh', 'bilinear', 'dirac'"
+    message = (
+        r"does not store these arguments; pass them to load:\n  discretization=...: one of 'zoh', 'bilinear', 'dir"
+    )
     with pytest.raises(CheckpointError, match=message):
         compat_torch.load(path)
     with pytest.raises(ValueError, match="discretization"):
@@ -141,8 +143,12 @@ def test_mismatches_are_all_listed(tmp_path):
 
 def test_time_varying_s5_is_not_taken_for_the_invariant_one(tmp_path):
     weights = s5_weights() | {"B": np.ones((N, H, 2), np.float32), "D": np.ones(H, np.float32)}
+    path = write(tmp_path / "w.pt", weights, "pt")
+    with pytest.raises(CheckpointError, match=r"lrnnx\.ltv\.S5 .*\n  conj_sym=...: one of False, True"):
+        compat_torch.load(path, discretization="zoh")
+    assert_holds(compat_torch.load(path, discretization="zoh", conj_sym=True), weights)
     with pytest.raises(StateDictMismatchError) as caught:
-        compat_torch.load(write(tmp_path / "w.pt", weights, "pt"), discretization="zoh")
+        compat_torch.load(path, discretization="zoh", format="lrnnx.lti.S5")
     assert [line.partition(":")[0] for line in caught.value.mismatched] == ["B", "D"]
 
 
@@ -150,8 +156,14 @@ def test_unknown_format(tmp_path):
     weights = {f"conv{i}.weight": np.ones(2, np.float32) for i in range(30)}
     with pytest.raises(UnknownFormatError, match="and 18 more") as caught:
         compat_torch.load(write(tmp_path / "w.pt", weights, "pt"))
-    for part in ("conv0.weight (2,)", "lrnnx.lti.S5 needs: A (N, 2)", "lrnnx.lti.LRU needs: nu_log (N,)"):
+    for part in ("conv0.weight (2,)", "known formats: hf.mamba, ", "lrnnx.lti.S5, lrnnx.lti.LRU"):
         assert part in str(caught.value)
+
+
+def test_what_is_near_is_described(tmp_path):
+    weights = {"A": np.ones((N, 2), np.float32), "D": np.ones(H, np.float32), "other": np.ones(2, np.float32)}
+    with pytest.raises(UnknownFormatError, match=r"lrnnx\.lti\.S5 needs: A \(N, 2\), B \(N, H\), log_dt"):
+        compat_torch.load(write(tmp_path / "w.pt", weights, "pt"))
 
 
 def test_a_layer_inside_a_model(tmp_path):
@@ -239,3 +251,52 @@ def test_without_torch(tmp_path):
     command = [sys.executable, "-c", textwrap.dedent(code)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "LRU", done.stderr
+
+
+def test_rename_and_ignore(tmp_path):
+    inside = {f"old_{name}": value for name, value in lru_weights().items()}
+    path = write(tmp_path / "w.pt", inside | {"head.weight": np.ones(2, np.float32)}, "pt")
+    model = compat_torch.load(path, rename=[("^old_", "new_"), ("^new_", "")], ignore=["^head"])
+    assert_holds(model, lru_weights())
+    with pytest.raises(CheckpointError, match="two tensors the name D"):
+        compat_torch.load(path, rename=[("^old_.*", "D")], ignore=["^head"])
+    with pytest.raises(ValueError, match="not a regular expression"):
+        compat_torch.load(path, ignore=["("])
+    with pytest.raises(ValueError, match="ignore must be a list"):
+        compat_torch.load(path, ignore="head")
+    with pytest.raises(ValueError, match="rename must be a list of"):
+        compat_torch.load(path, rename=["head"])
+
+
+def test_not_strict(tmp_path, caplog):
+    weights = lru_weights() | {"head.weight": np.ones(2, np.float32)}
+    missing = weights.pop("D")
+    path = write(tmp_path / "w.pt", weights, "pt")
+    with pytest.raises(StateDictMismatchError) as caught:
+        compat_torch.load(path)
+    assert (caught.value.missing, caught.value.unexpected) == (["D"], ["head.weight"])
+    model = compat_torch.load(path, strict=False)
+    assert "left out: head.weight" in caplog.text
+    assert "initialised at random, because the file lacks it: D" in caplog.text
+    state = compat_torch.state_dict(model)
+    assert state.pop("D").shape == missing.shape
+    for name, value in state.items():
+        np.testing.assert_array_equal(value, weights[name])
+    with pytest.raises(StateDictMismatchError, match=r"nu_log: expected"):
+        compat_torch.load(write(tmp_path / "v.pt", weights | {"nu_log": np.ones(9, np.float32)}, "pt"), strict=False)
+
+
+@pytest.mark.parametrize(
+    "hyper", [{"discretization": "bilinear"}, {"layer": {"discretization": "bilinear"}, "lr": 1.0}]
+)
+def test_hyper_parameters_beside_the_weights(tmp_path, hyper, caplog):
+    caplog.set_level(logging.INFO, "compat_torch")
+    tensors = {f"model.{name}": torch.tensor(value) for name, value in s5_weights().items()}
+    torch.save({"state_dict": tensors, "hyper_parameters": {**hyper, "d_model": 77}}, tmp_path / "w.ckpt")
+    model = compat_torch.load(tmp_path / "w.ckpt", reference="paper")
+    assert isinstance(model, S5)
+    assert (model.discretization, model.d_model) == ("bilinear", H)
+    assert "hyper_parameters give discretization" in caplog.text
+    again = compat_torch.load(tmp_path / "w.ckpt", discretization="zoh")
+    assert isinstance(again, S5)
+    assert again.discretization == "zoh"

@@ -1,0 +1,127 @@
+"""Moving tensors of a checkpoint: copies at memory speed, mapped pages given back, NaN and infinities counted."""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import numpy as np
+from jax.typing import DTypeLike
+
+_ALIGNMENT = 64
+_TILE_LONG, _TILE_SHORT = 256, 64
+_THREADED_BYTES = 4 << 20
+_MAPPED_BYTES = 1 << 20
+
+
+def to_device(array: np.ndarray, dtype: DTypeLike | None = None) -> jax.Array:
+    """A copy of `array` on JAX's default device, whatever its strides.
+
+    One copy in host memory is made, laid out as JAX takes it over without another on the CPU.
+
+    Args:
+        array: any shape and strides; it may be changed afterwards.
+        dtype: of the result; None keeps it.
+    """
+    result = _aligned(array.shape, np.dtype(dtype or array.dtype))
+    copy_into(result, array)
+    result.flags.writeable = False
+    return jax.device_put(result)
+
+
+def contiguous(array: Any) -> np.ndarray:
+    """`array` in C order: itself if it is, else a copy.
+
+    Args:
+        array: anything NumPy makes an array of; of a JAX array on the CPU the memory is shared.
+    """
+    array = np.asarray(array)
+    if array.flags.c_contiguous:
+        return array
+    result = _aligned(array.shape, array.dtype)
+    copy_into(result, array)
+    return result
+
+
+def copy_into(target: np.ndarray, source: np.ndarray) -> None:
+    """`target[...] = source` for equal shapes: transposed matrices tile by tile, large ones by several threads."""
+    if target.ndim == 3 and target.shape[1] == 1:
+        target, source = target[:, 0], source[:, 0]
+    tiled = target.ndim == 2 and source.strides[0] < source.strides[1]
+    copy = _copy_tiled if tiled else _copy_plain
+    workers = min(4, os.cpu_count() or 1, len(target) if target.ndim else 1)
+    if target.nbytes < _THREADED_BYTES or workers == 1:
+        copy(target, source)
+        return
+    step = -(-len(target) // workers)
+    with ThreadPoolExecutor(workers) as pool:
+        parts = [slice(start, start + step) for start in range(0, len(target), step)]
+        list(pool.map(lambda part: copy(target[part], source[part]), parts))
+
+
+def release(array: np.ndarray) -> None:
+    """Give back the resident pages of a memory-mapped array; reading it again takes them from the file.
+
+    Nothing happens to arrays that are not views of a file mapped for reading.
+    """
+    mapping = _mapping_of(array)
+    if mapping is None or not array.size or not hasattr(mmap, "MADV_DONTNEED"):
+        return
+    first = np.frombuffer(mapping, np.uint8).__array_interface__["data"][0]
+    low, high = np.lib.array_utils.byte_bounds(array)
+    page = mmap.PAGESIZE
+    start, stop = (low - first) // page * page, min(-(-(high - first) // page) * page, len(mapping))
+    mapping.madvise(mmap.MADV_DONTNEED, start, stop - start)
+
+
+def count_nonfinite(array: Any) -> int:
+    """How many elements are NaN or infinite (0 for integers and booleans).
+
+    Args:
+        array: real or complex, of any of NumPy's or ml_dtypes' element types.
+    """
+    array = np.asarray(array)
+    if array.dtype.kind in "iub" or not array.size:
+        return 0
+    if array.dtype.kind == "f" and np.isfinite(array.max()) and np.isfinite(array.min()):
+        return 0
+    return int(array.size - np.count_nonzero(np.isfinite(array)))
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Memory that JAX takes over on the CPU as it is.
+
+    Large arrays are not NumPy's own: it asks for huge pages, and getting them costs more than writing once can gain.
+    """
+    nbytes = math.prod(shape) * dtype.itemsize
+    if nbytes >= _MAPPED_BYTES:
+        return np.frombuffer(mmap.mmap(-1, nbytes), dtype).reshape(shape)
+    raw = np.empty(nbytes + _ALIGNMENT, np.uint8)
+    start = -raw.__array_interface__["data"][0] % _ALIGNMENT
+    return raw[start : start + nbytes].view(dtype).reshape(shape)
+
+
+def _copy_plain(target: np.ndarray, source: np.ndarray) -> None:
+    np.copyto(target, source, casting="unsafe")
+
+
+def _copy_tiled(target: np.ndarray, source: np.ndarray) -> None:
+    rows, columns = target.shape
+    for column in range(0, columns, _TILE_SHORT):
+        across = slice(column, column + _TILE_SHORT)
+        for row in range(0, rows, _TILE_LONG):
+            down = slice(row, row + _TILE_LONG)
+            np.copyto(target[down, across], source[down, across], casting="unsafe")
+
+
+def _mapping_of(array: Any) -> mmap.mmap | None:
+    base: Any = array
+    while isinstance(base, np.ndarray):
+        base = base.base
+    while isinstance(base, memoryview):
+        base = base.obj
+    return base if isinstance(base, mmap.mmap) and memoryview(base).readonly else None

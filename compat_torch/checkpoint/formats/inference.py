@@ -1,0 +1,40 @@
+"""What formats of whole models read off names, tensors and config.json."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from ...errors import CheckpointError
+from .format import Config, Reading, fields
+
+
+def count(names: Iterable[str], template: str) -> int:
+    """One more than the greatest {i} for which a name matches the template."""
+    return 1 + max((int(found[0]) for name in names if (found := fields(template, name))), default=-1)
+
+
+def tied(reading: Reading, copy: str, original: str) -> bool:
+    """The copy is absent, or equal to the original."""
+    tensors = reading.tensors
+    if copy not in tensors or original not in tensors:
+        return copy not in tensors
+    return bool(np.array_equal(tensors[copy], tensors[original], equal_nan=tensors[copy].dtype.kind == "f"))
+
+
+def agree(config: Config, found: Mapping[str, Any]) -> None:
+    """Raise CheckpointError where the configuration contradicts the tensors."""
+    for name, value in found.items():
+        if name in config and config[name] != value:
+            raise CheckpointError(f"config.json says {name} = {str(config[name])[:60]}, the tensors say {value}")
+
+
+def ratio(inner: int, outer: int) -> int | float:
+    """A factor f with int(f * outer) == inner, an integer if there is one."""
+    if inner % outer == 0:
+        return inner // outer
+    factor = inner / outer
+    return factor if int(factor * outer) == inner else math.nextafter(factor, math.inf)

@@ -1,0 +1,1 @@
+"""Whole models as torch modules; import paths mirror `compat_torch.architectures`."""

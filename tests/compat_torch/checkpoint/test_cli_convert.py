@@ -1,0 +1,187 @@
+"""`convert`: formats, dtypes, verification, and nothing written when it fails."""
+
+import json
+import os
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import typer
+from safetensors.numpy import save_file
+from typer.testing import CliRunner
+
+import compat_torch.checkpoint.conversion as conversion
+from compat_torch._cli_convert import arguments, convert
+from compat_torch.checkpoint import load, open_folder, read_state_dict
+from compat_torch.errors import CheckpointError
+
+GOLDEN = Path(__file__).parents[3] / "parity" / "golden"
+LRU = {
+    "nu_log": (3,), "theta_log": (3,), "gamma_log": (3,), "B_re": (3, 2), "B_im": (3, 2), "C_re": (2, 3),
+    "C_im": (2, 3), "D": (2,),
+}  # fmt: skip
+
+
+def run(*arguments):
+    app = typer.Typer(pretty_exceptions_enable=False)
+    app.command()(convert)
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def weights(tmp_path):
+    rng = np.random.default_rng()
+    tensors = {name: 0.3 * rng.standard_normal(shape, np.float32) for name, shape in LRU.items()}
+    save_file(tensors, tmp_path / "w.safetensors")
+    return tensors
+
+
+def listing(folder):
+    return sorted(os.listdir(folder))
+
+
+def assert_same(tensors, expected):
+    assert set(tensors) == set(expected)
+    for name, value in expected.items():
+        assert tensors[name].dtype == value.dtype
+        np.testing.assert_array_equal(tensors[name], value)
+
+
+def test_a_layer_to_a_folder_and_to_files(tmp_path, weights):
+    result = run(tmp_path / "w.safetensors", tmp_path / "out", "--to", "lrnnx", "--verify")
+    assert result.exit_code == 0, result.output
+    assert "lrnnx.lti.LRU -> lrnnx.lti.LRU, 8 tensors, 140 bytes" in result.output
+    assert "verified: read back bit for bit" in result.output
+    assert_same(open_folder(tmp_path / "out").tensors, weights)
+    record = json.loads((tmp_path / "out" / "provenance.json").read_text())
+    assert record["format"] == {"from": "lrnnx.lti.LRU", "to": "lrnnx.lti.LRU"}
+    assert list(record["source"]["files"]) == ["w.safetensors"]
+    for name in ("out.pt", "out.safetensors"):
+        assert run(tmp_path / "w.safetensors", tmp_path / name, "--to", "lrnnx", "--verify").exit_code == 0
+        assert_same(read_state_dict(tmp_path / name), weights)
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [("bfloat16", jnp.bfloat16), ("float64", np.float64)])
+def test_dtypes(tmp_path, weights, dtype, expected):
+    result = run(tmp_path / "w.safetensors", tmp_path / "out", "--to", "lrnnx", "--dtype", dtype, "--verify")
+    assert result.exit_code == 0, result.output
+    assert_same(
+        open_folder(tmp_path / "out").tensors, {name: value.astype(expected) for name, value in weights.items()}
+    )
+    if dtype == "float64":
+        result = run(tmp_path / "out", tmp_path / "again", "--to", "lrnnx", "--verify")
+        assert result.exit_code == 0, result.output
+        assert open_folder(tmp_path / "again").tensors["D"].dtype == np.float64
+
+
+def test_orbax(tmp_path, weights):
+    import orbax.checkpoint as ocp
+    from flax import nnx
+
+    result = run(tmp_path / "w.safetensors", tmp_path / "out", "--to", "orbax", "--verify")
+    assert result.exit_code == 0, result.output
+    model = load(tmp_path / "w.safetensors")
+    graph, state = nnx.split(model)
+    with ocp.StandardCheckpointer() as checkpointer:
+        restored = checkpointer.restore(tmp_path / "out" / "state", nnx.to_pure_dict(state))
+    nnx.replace_by_pure_dict(state, restored)
+    x = jnp.ones((1, 5, 2))
+    np.testing.assert_array_equal(nnx.merge(graph, state)(x), model(x))
+
+
+@pytest.mark.parametrize("to", ["mamba_ssm", "hf"])
+def test_a_model_of_transformers(tmp_path, to):
+    source = GOLDEN / "hf_mamba_tiny_random" / "hf"
+    result = run(source, tmp_path / "out", "--to", to, *(["--verify"] if to == "hf" else []))
+    assert result.exit_code == 0, result.output
+    assert f"hf.mamba -> {to}.mamba" in result.output
+    folder = open_folder(tmp_path / "out")
+    assert folder.config is not None
+    names = {"hf": "embeddings", "mamba_ssm": "embedding"}
+    original = open_folder(source).tensors["backbone.embeddings.weight"]
+    np.testing.assert_array_equal(folder.tensors[f"backbone.{names[to]}.weight"], original)
+    if to == "mamba_ssm":
+        again = run(tmp_path / "out", tmp_path / "again", "--to", "hf")
+        assert again.exit_code == 0, again.output
+        assert_same(open_folder(tmp_path / "again").tensors, dict(open_folder(source).tensors))
+
+
+def test_arguments_the_checkpoint_does_not_store(tmp_path):
+    rng = np.random.default_rng()
+    shapes = {"A": (3, 2), "B": (3, 2), "log_dt": (3,), "C": (2, 3, 2), "D": (2, 2)}
+    tensors = {name: -np.abs(rng.standard_normal(shape, np.float32)) for name, shape in shapes.items()}
+    tensors["B"], tensors["C"] = tensors["B"].astype("c8"), np.ascontiguousarray(tensors["C"])
+    save_file({name: np.ascontiguousarray(value.real) for name, value in tensors.items()}, tmp_path / "w.safetensors")
+    result = run(tmp_path / "w.safetensors", tmp_path / "out", "--to", "lrnnx")
+    assert result.exit_code == 1
+    assert "discretization" in result.stderr
+    options = ["--arg", "discretization=zoh", "--arg", "conj_sym=false"]
+    result = run(tmp_path / "w.safetensors", tmp_path / "out", "--to", "lrnnx", *options)
+    assert result.exit_code == 0, result.output
+
+
+def test_arguments_are_parsed():
+    assert arguments(["a=zoh", "b=true", "c=2", 'd={"e": [1]}', "f=x=y"]) == {
+        "a": "zoh", "b": True, "c": 2, "d": {"e": [1]}, "f": "x=y",
+    }  # fmt: skip
+    for wrong in ("zoh", "=zoh", "a b=c"):
+        with pytest.raises(ValueError, match="NAME=VALUE"):
+            arguments([wrong])
+
+
+def test_nothing_is_written_when_it_fails(tmp_path, weights):
+    cases = {
+        ("absent", "out", "lrnnx"): "there is no file or folder",
+        ("w.safetensors", "out", "hf"): "LRU cannot be written as format='hf'",
+        ("bad.safetensors", "out", "lrnnx"): "NaN or infinite",
+        ("notes.json", "out", "lrnnx"): "neither a safetensors nor a torch file",
+    }
+    save_file({**weights, "D": np.array([np.nan, 1], "f4")}, tmp_path / "bad.safetensors")
+    (tmp_path / "notes.json").write_text("[1, 2, 3, 4, 5]")
+    before = listing(tmp_path)
+    for (source, out, to), message in cases.items():
+        result = run(tmp_path / source, tmp_path / out, "--to", to)
+        assert result.exit_code == 1
+        assert message in result.stderr
+        assert result.stderr.count("\n") == 1
+        assert listing(tmp_path) == before
+    result = run(tmp_path / "bad.safetensors", tmp_path / "out", "--to", "lrnnx", "--allow-nonfinite")
+    assert result.exit_code == 0, result.output
+    assert run(tmp_path / "w.safetensors", tmp_path / "out2", "--to", "gguf").exit_code == 2
+
+
+def test_overwriting(tmp_path, weights):
+    arguments = (tmp_path / "w.safetensors", tmp_path / "out", "--to", "lrnnx")
+    assert run(*arguments).exit_code == 0
+    result = run(*arguments)
+    assert result.exit_code == 1
+    assert "not empty" in result.stderr
+    assert run(*arguments, "--overwrite").exit_code == 0
+    assert_same(open_folder(tmp_path / "out").tensors, weights)
+
+
+def test_verification_can_fail_and_then_nothing_appears(tmp_path, weights, monkeypatch):
+    real = conversion.outputs
+    monkeypatch.setattr(conversion, "load", lambda path, **options: _spoiled(load(path, **options), path))
+
+    def _spoiled(model, path):
+        if ".partial" in str(path):
+            model.D[...] = model.D[...] + 1e-3
+        return model
+
+    with pytest.raises(CheckpointError, match="other outputs"):
+        conversion.convert(tmp_path / "w.safetensors", tmp_path / "out", to="lrnnx", verify=True)
+    monkeypatch.setattr(conversion, "load", load)
+    monkeypatch.setattr(conversion, "_same_bits", lambda a, b: a.shape != (2,))
+    with pytest.raises(CheckpointError, match="D is not what was to be written"):
+        conversion.convert(tmp_path / "w.safetensors", tmp_path / "out", to="lrnnx", verify=True)
+    assert listing(tmp_path) == ["w.safetensors"]
+    assert real is conversion.outputs
+
+
+def test_a_torch_file_in(tmp_path, weights):
+    torch.save({"model": {f"module.{k}": torch.from_numpy(v) for k, v in weights.items()}}, tmp_path / "w.pt")
+    assert run(tmp_path / "w.pt", tmp_path / "out", "--to", "lrnnx").exit_code == 0
+    assert_same(open_folder(tmp_path / "out").tensors, weights)
