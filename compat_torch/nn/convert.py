@@ -97,7 +97,7 @@ def _configuration(module: Any) -> dict[str, Any] | None:
     config: Any = getattr(module, "config", None)
     if hasattr(config, "to_dict"):
         return config.to_dict()
-    return dataclasses.asdict(config) if dataclasses.is_dataclass(config) else None
+    return dict(vars(config)) if dataclasses.is_dataclass(config) else None
 
 
 def _arguments(module: Any, entry: Format, kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,9 +19,11 @@ from jaxtyping import Array, Bool, Complex, Float, Int
 from spyx.ops import cauchy_kernel
 from spyx.ops.dtypes import to_complex
 
+from ._s4_powers import Transition, advance, readout_after, transition
+
 _EXPONENT_BITS = 25
 _CAUCHY_BLOCK = 2**16  # states times nodes of the channels whose sums are formed together
-_BLOCK = 2**21  # elements of the dense matrices alive at once, unless one channel needs more
+_BLOCK = 2**18  # elements of the dense matrices alive at once, unless one channel needs more
 
 
 class Continuous(NamedTuple):
@@ -103,48 +105,6 @@ def _bordered(resolvent, drive, sense, channels: int):
     return jnp.concatenate([rows[:1], border, rows[1:]])
 
 
-class Stepper(NamedTuple):
-    """A_bar h + B_bar u = D (g - P S Re(Q D g)), g = E h - P Re(Q h) + 2 B u: O(r n) a channel.
-
-    D = 1 / (2 / dt - Lambda), E = 2 / dt + Lambda (H, n); Q = 2 P^* (r, H, n); S (H, r, r).
-    """
-
-    D: Complex[Array, "H n"]
-    E: Complex[Array, "H n"]
-    P: Complex[Array, "r H n"]
-    Q: Complex[Array, "r H n"]
-    B: Complex[Array, "H n"]
-    S: Float[Array, "H r r"]
-
-
-def stepper(system: Continuous) -> Stepper:
-    """What one step needs, by the Woodbury identity."""
-    dt, A, B, P = system
-    D, Q = 1 / (2 / dt - A), 2 * jnp.conj(P)
-    gain = jnp.sum(Q[:, None] * D * P, -1).real
-    loop = jnp.eye(P.shape[0], dtype=gain.dtype) + jnp.moveaxis(gain, -1, 0)
-    return Stepper(D, 2 / dt + A, P, Q, B, 1 / loop if P.shape[0] == 1 else jnp.linalg.inv(loop))
-
-
-def advance(s: Stepper, h: Complex[Array, "*B H n"], u: Float[Array, "*B H"] | None = None) -> Complex[Array, "*B H n"]:
-    """The state after one step; without an input, A_bar h."""
-    g = s.E * h - _feedback(s.P, _observe(s.Q, h))
-    if u is not None:
-        g = g + 2 * s.B * u[..., None]
-    inner = jnp.sum(s.S * _observe(s.Q * s.D, g)[..., None, :], -1)
-    return s.D * (g - _feedback(s.P, inner))
-
-
-def _observe(Q, h):
-    """Re(Q h), shape (*B, H, r)."""
-    return jnp.sum(jnp.moveaxis(Q, 0, 1) * h[..., None, :], -1).real
-
-
-def _feedback(P, weights):
-    """P times real weights (*B, H, r), shape (*B, H, n)."""
-    return jnp.sum(jnp.moveaxis(P, 0, 1) * weights[..., None], -2)
-
-
 def observe(C: Complex[Array, "c H n"], h: Complex[Array, "B H n"]) -> Float[Array, "B c H"]:
     """y = 2 Re(C h)."""
     return 2 * jnp.sum(C * h[:, None], -1).real
@@ -152,7 +112,7 @@ def observe(C: Complex[Array, "c H n"], h: Complex[Array, "B H n"]) -> Float[Arr
 
 @jax.jit
 def run(
-    s: Stepper,
+    s: Transition,
     C: Complex[Array, "c H n"],
     u: Float[Array, "L B H"],
     h: Complex[Array, "B H n"],
@@ -161,7 +121,7 @@ def run(
     """Outputs, and the state after the last valid step; the backward pass keeps about sqrt(L) states."""
     L = u.shape[0]
     if L == 0:
-        return jnp.zeros((0, *u.shape[1:2], C.shape[0], u.shape[2]), s.S.dtype), h
+        return jnp.zeros((0, *u.shape[1:2], C.shape[0], u.shape[2]), s.G.real.dtype), h
     size = math.isqrt(L - 1) + 1
     blocks = -(-L // size)
 
@@ -192,59 +152,42 @@ def relength(
 ) -> Complex[Array, "c H n"]:
     """C (I - A_bar^new) from C (I - A_bar^old), where length 0 stands for C itself.
 
-    Costs nothing where old == new, else O(n^3) a channel, in blocks of channels.
+    Costs nothing where old == new, O(n) a step and channel from C itself, else O(n^3) a channel, in blocks of channels.
     """
     if C.size == 0:
         return C
 
-    def unchanged(C):
-        return C
-
     def change(C):
-        rank = system.P.shape[0]
-        dt = jnp.broadcast_to(system.dt, system.A.shape)
-        heads = (Continuous(dt, system.A, system.B, jnp.moveaxis(system.P, 1, 0)), jnp.moveaxis(C, 1, 0))
-        N = 2 * C.shape[-1]
+        C = jax.lax.cond(old == 0, lambda C: C, lambda C: _restored(system, C, old, precision), C)
+        return C - readout_after(transition(*system), C, new, precision) if new else C
 
-        @jax.checkpoint
-        def head(arguments):
-            (dt, A, B, P), C = arguments
-            one = Continuous(dt[None], A[None], B[None], P.reshape(rank, 1, -1))
-            rows = jnp.concatenate([C.real, -C.imag], -1)
-            rows = _relength_rows(dense(one)[0], rows, old, new, precision)
-            re, im = jnp.split(rows, 2, -1)
-            return to_complex(re, -im)
+    return jax.lax.cond(old == new, lambda C: C, change, C)
 
-        changed = jax.lax.map(head, heads, batch_size=max(1, _BLOCK // N**2))
-        return jnp.moveaxis(changed, 0, 1)
 
-    return jax.lax.cond(old == new, unchanged, change, C)
+def _restored(system: Continuous, C, old, precision):
+    """C from C (I - A_bar^old), by dense matrices."""
+    rank, dt = system.P.shape[0], jnp.broadcast_to(system.dt, system.A.shape)
+    heads = (Continuous(dt, system.A, system.B, jnp.moveaxis(system.P, 1, 0)), jnp.moveaxis(C, 1, 0))
+
+    @jax.checkpoint
+    def head(arguments):
+        (dt, A, B, P), C = arguments
+        matrix = dense(Continuous(dt[None], A[None], B[None], P.reshape(rank, 1, -1)))[0]
+        decayed = jnp.eye(len(matrix), dtype=matrix.dtype) - _power(matrix, old, precision)
+        rows = jnp.concatenate([C.real, -C.imag], -1)
+        re, im = jnp.split(jnp.linalg.solve(decayed.T, rows.T).T, 2, -1)
+        return to_complex(re, -im)
+
+    restored = jax.lax.map(head, heads, batch_size=max(1, _BLOCK // (2 * C.shape[-1]) ** 2))
+    return jnp.moveaxis(restored, 0, 1)
 
 
 def dense(system: Continuous) -> Float[Array, "H N N"]:
     """A_bar on (Re h, Im h)."""
     H, n = system.A.shape
     basis = jnp.broadcast_to(jnp.eye(2 * n, dtype=system.dt.dtype)[:, None], (2 * n, H, 2 * n))
-    images = advance(stepper(system), to_complex(basis[..., :n], basis[..., n:]))
+    images = advance(transition(*system), to_complex(basis[..., :n], basis[..., n:]))
     return jnp.moveaxis(jnp.concatenate([images.real, images.imag], -1), 0, -1)
-
-
-def _relength_rows(A, rows, old, new: int, precision):
-    eye = jnp.eye(A.shape[0], dtype=A.dtype)
-
-    def restored(rows):
-        return jnp.linalg.solve((eye - _power(A, old, precision)).T, rows.T).T
-
-    rows = jax.lax.cond(old == 0, lambda rows: rows, restored, rows)
-    if new == 0:
-        return rows
-    product, power = rows, A
-    for bit in range(new.bit_length()):
-        if bit:
-            power = jnp.matmul(power, power, precision=precision)
-        if new >> bit & 1:
-            product = jnp.matmul(product, power, precision=precision)
-    return rows - product
 
 
 def _power(A, exponent, precision):

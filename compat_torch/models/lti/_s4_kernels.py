@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
@@ -20,6 +22,7 @@ from spyx.ops.dtypes import to_complex, widen
 from ...core.variables import Buffer, register
 from . import _s4_diagonal as diagonal
 from . import _s4_dplr as dplr
+from . import _s4_powers as powers
 from ._s4_parameters import Transform, check_transform, positive, stored
 
 Cache = dict[str, Array]
@@ -251,8 +254,15 @@ class SSMKernelDPLR(SSMParameters):
     def kernel(self, L: int, rate: float, l_max: int | None) -> Float[Array, "c H L"]:
         steps = round(rate * L)
         M = max(l_max or steps, steps, 1)
-        system, _ = self.continuous(rate)
-        return dplr.kernel(system, self.readout(M), max(L, round(M / rate)), L, self.precision)
+        system, C = self.continuous(rate)
+
+        def from_length(_):
+            return dplr.kernel(system, self.readout(M), max(L, round(M / rate)), L, self.precision)
+
+        if rate != 1:
+            return from_length(C)
+        from_powers = partial(powers.kernel, powers.transition(*system), L=L, precision=self.precision)
+        return jax.lax.cond(self.l_kernel[...] == 0, from_powers, from_length, C)
 
     def zero_state(self, batch_size: int) -> Cache:
         C = self.readout()
@@ -281,11 +291,11 @@ class SSMKernelDPLR(SSMParameters):
         if drop is not None:
             raise ValueError(f"{self.owner}: drop_kernel in training mode needs a call without state and cache")
         valid = jnp.ones(u.shape[:2], bool) if valid is None else valid
-        return dplr.run(dplr.stepper(self.continuous()[0]), C, u, h, valid)
+        return dplr.run(powers.transition(*self.continuous()[0]), C, u, h, valid)
 
     def update(self, u: Float[Array, "B H"], cache: Cache) -> tuple[Float[Array, "B c H"], Cache]:
         h = cache["lrnn_state"]
-        after = dplr.advance(dplr.stepper(self.continuous()[0]), half(h), u)
+        after = powers.advance(powers.transition(*self.continuous()[0]), half(h), u)
         return dplr.observe(cache["dC"], after), {**cache, "lrnn_state": whole(after).astype(h.dtype)}
 
 

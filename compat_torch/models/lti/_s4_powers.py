@@ -76,7 +76,7 @@ def readout_after(
         return C + (s.G * C - jnp.sum(weights * s.V, 1)), None
 
     C = jax.lax.scan(step, C, None, length=M % fine)[0]
-    if 0 in C.shape or M < fine:
+    if C.size == 0 or fine > M:
         return C
     return _unpaired(_readouts(_Run.of(s, fine), C, M // fine, precision)[0])
 

@@ -23,6 +23,7 @@ from spyx.ops.dtypes import to_complex
 
 from ..lti import _s4_dplr as dplr
 from ..lti._s4_kernels import Cache, Dropout, SSMKernelDPLR, half, whole
+from ..lti._s4_powers import transition
 
 StepMode = Literal["dense", "linear", "diagonal"]
 Parts = tuple[Float[Array, "..."], Float[Array, "..."]]
@@ -87,7 +88,7 @@ def update(kernel: SSMKernelDPLR, u: Float[Array, "B H"], cache: Cache) -> tuple
 
 def _dense_matrices(kernel: SSMKernelDPLR) -> Cache:
     system, _ = kernel.continuous()
-    on_parts, b = dplr.dense(system), _input_vector(system)
+    on_parts, b = dplr.dense(system), transition(*system).B_bar
     n = b.shape[-1]
     (a, b_), (c, d) = ((rows[..., :n], rows[..., n:]) for rows in (on_parts[:, :n], on_parts[:, n:]))
     same, other = 0.5 * to_complex(a + d, c - b_), 0.5 * to_complex(a - d, c + b_)
@@ -102,7 +103,7 @@ def _diagonal_matrices(kernel: SSMKernelDPLR) -> Cache:
     with jax.enable_x64(True):
         wide = [value.astype(np.complex128 if jnp.iscomplexobj(value) else np.float64) for value in (*stored, C)]
         system, C = dplr.Continuous(*wide[:-1]), wide[-1]
-        A, b = dplr.dense(system), _input_vector(system)
+        A, b = dplr.dense(system), transition(*system).B_bar
         C = dplr.relength(system, C, kernel.l_kernel[...], 0, kernel.precision)
         dA, V = jnp.linalg.eig(A)
         V_inv = jnp.linalg.inv(V)
@@ -125,11 +126,6 @@ def _check_residual(owner: str, residual: Array, size: Array) -> None:
             f'{owner}: mode="diagonal" needs eigenvectors of A_bar that can be inverted in float64, but what they '
             f'give back is off by {float(residual):.0e}; use mode="linear" or "dense"'
         )
-
-
-def _input_vector(system: dplr.Continuous) -> Array:
-    """B_bar (H, n)."""
-    return dplr.advance(dplr.stepper(system), jnp.zeros_like(system.B), jnp.ones_like(system.B[:, 0].real))
 
 
 def _from_eigenbasis(V: Float[Array, "H N N 4"], state: Float[Array, "B H N 4"]) -> Array:
