@@ -125,13 +125,13 @@ def read_case(path: Path) -> Case:
     it takes the place of io.safetensors. A case of transformers has a folder hf in place of the weights.
     """
     meta = json.loads((path / "case.json").read_text())
-    if meta.get("kind") == "hf":
-        return amended(_read_language_model(path, meta))
     first_run, remark = path / "io.safetensors", ""
     if (path / "io_amended.safetensors").exists():
         first_run = path / "io_amended.safetensors"
         with safe_open(first_run, "numpy") as file:
             remark = file.metadata()["remark"]
+    if meta.get("kind") == "hf":
+        return amended(replace(_read_language_model(path, meta, load_file(first_run)), remark=remark))
     files = [first_run, *sorted(path.glob("io_L*.safetensors"), key=_length_of)]
     time_axis = meta.get("time_axis", 0 if meta.get("kind") == "flax" else 1)
     runs = tuple(run for file in files for run in _split_lengths(_read_run(file, time_axis), time_axis))
@@ -186,12 +186,11 @@ def _largest(array: np.ndarray) -> float:
     return float(np.max(np.abs(array), initial=0.0))
 
 
-def _read_language_model(path: Path, meta: dict[str, Any]) -> Case:
+def _read_language_model(path: Path, meta: dict[str, Any], io: Arrays) -> Case:
     """A case of transformers: its folder hf, the same weights in other files, and what the model made of the tokens.
 
     Gradients are those of the mean cross entropy of each next token.
     """
-    io = load_file(path / "io.safetensors")
     ids, logits = io["input_ids"], io["logits"]
     logits64 = io.get("logits64", logits.astype(np.float64))
     rounded = path / "io_bfloat16.safetensors"

@@ -152,10 +152,10 @@ def live_cases(seed: int) -> Iterator[Case]:
         ReferenceMissingError: lrnnx cannot be imported.
     """
     for index, configuration in enumerate(configurations()):
-        yield _make_case(_import_class(configuration.cls), configuration, seed + index)
+        yield _make_case(import_class(configuration.cls), configuration, seed + index)
 
 
-def _import_class(cls: str) -> Any:
+def import_class(cls: str) -> Any:
     module, name = cls.split(":")
     for extension in ("selective_scan_cuda", "simplified_scan_cuda"):
         sys.modules.setdefault(extension, types.ModuleType(extension))
@@ -188,7 +188,7 @@ def _make_case(reference: Any, configuration: Configuration, seed: int) -> Case:
     extra = {"integration_timesteps": 0.1 + 2 * torch.rand(shape[:2])} if configuration.event else {}
 
     inputs = x.clone().requires_grad_()
-    y = _output(model(inputs, **extra))
+    y = output_of(model(inputs, **extra))
     w = torch.randn(y.shape)
     grads = _gradients(model, inputs, y, w)
     weights = _weights(model)
@@ -201,7 +201,7 @@ def _make_case(reference: Any, configuration: Configuration, seed: int) -> Case:
         for parameter in model64.double().parameters():
             if parameter.is_complex():
                 parameter.data = parameter.data.to(torch.complex128)
-        y64 = _output(model64(inputs64, **{name: value.double() for name, value in extra.items()}))
+        y64 = output_of(model64(inputs64, **{name: value.double() for name, value in extra.items()}))
         grads64 = _gradients(model64, inputs64, y64, w.double())
     run = Run(
         name=f"L={shape[1]}", x=x.numpy(), y=y.detach().numpy(), y64=y64.detach().numpy(), w=w.numpy(), grads=grads,
@@ -217,7 +217,7 @@ def _weights(model: Any) -> dict[str, np.ndarray]:
     return {name: value.numpy().copy() for name, value in model.state_dict().items()}
 
 
-def _output(result: Any) -> Any:
+def output_of(result: Any) -> Any:
     """The outputs, without the state that S4 returns beside them."""
     return result[0] if isinstance(result, tuple) else result
 

@@ -17,9 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .compare import Precision, Row
-from .live import Configuration, ReferenceMissingError, configurations
-from .live import _import_class as import_class
-from .live import _output as output_of
+from .live import Configuration, ReferenceMissingError, configurations, import_class, output_of
 from .subjects import Subject, subjects_of
 
 TORCH2JAX = "torch2jax==0.1.0"

@@ -42,7 +42,7 @@ def split_time(tree, size: int):
 
 
 def merge_time(tree):
-    return jax.tree.map(lambda v: v.reshape(-1, *v.shape[2:]), tree)
+    return jax.tree.map(lambda v: v.reshape(v.shape[0] * v.shape[1], *v.shape[2:]), tree)
 
 
 def forward_blocked(o: Options, steps: Steps, weights: Weights, masks: Masks, h0):

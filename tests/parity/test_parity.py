@@ -40,7 +40,9 @@ def check_golden(path):
     has_steps = any(run.step is not None for run in case.runs)
     for row in rows(paths=[path]):
         assert row.verdict == "identical", row.note
-        assert None not in (row.forward, row.gradient, row.relative)
+        assert row.forward is not None
+        # a case recorded in bfloat16 has neither gradients nor a float64 output
+        assert (None in (row.gradient, row.relative)) == (case.recorded_in is not None)
         assert (row.step is not None) == has_steps
 
 
