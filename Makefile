@@ -18,16 +18,18 @@ export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.2
 
 .DELETE_ON_ERROR:
-.PHONY: help parity test test-full live bench bench-layers bench-train check lint types imports format clean
+.PHONY: help parity test test-full live trace bench bench-layers bench-train bench-models check lint types imports format clean
 
 help:
 	@echo "make parity     compare with the stored references; ARGS='-k zoh --json report.json'"
 	@echo "make test       the tests, in $(TEST); neither GPU nor TPU is needed"
 	@echo "make test-full  the tests with their wide matrices"
 	@echo "make live       compare with an installed lrnnx and spyx 1.0.0, in an environment of their own, $(LIVE)"
+	@echo "make trace      trace the installed lrnnx into JAX with torch2jax, and compare there"
 	@echo "make bench      time and memory next to spyx 1.0.0, lrnnx, transformers, mambapy; ARGS='--families lti'"
 	@echo "make bench-layers  the classes of compat_torch next to lrnnx's; ARGS='--classes Mamba'"
 	@echo "make bench-train   one training step of each layer next to spyx 1.0.0"
+	@echo "make bench-models  checkpoints and generation next to transformers, and a fine-tuning run"
 	@echo "make check      lint, types and import rules"
 	@echo "make clean      remove environments and caches"
 
@@ -44,6 +46,10 @@ live: $(LIVE)/.live
 	$(LIVE)/bin/python -m parity --live $(ARGS)
 	$(LIVE)/bin/python -m parity.live_upstream --upstream $(LIVE)/upstream
 
+trace: $(LIVE)/.live
+	@$(LIVE)/bin/python $(PIP_INSTALL) --no-deps torch2jax
+	$(LIVE)/bin/python -m parity --via torch2jax $(ARGS)
+
 bench: $(BENCH)/.bench
 	$(BENCH)/bin/python benchmarks/scan.py --upstream $(BENCH)/upstream --lengths $(ARGS)
 
@@ -52,6 +58,11 @@ bench-layers: $(BENCH)/.bench
 
 bench-train: $(BENCH)/.bench
 	$(BENCH)/bin/python benchmarks/train_step.py --upstream $(BENCH)/upstream $(ARGS)
+
+bench-models: $(TEST)/.test
+	$(TEST)/bin/python benchmarks/checkpoint.py
+	$(TEST)/bin/python benchmarks/generate.py
+	$(TEST)/bin/python benchmarks/finetune.py
 
 check: lint types imports
 

@@ -166,7 +166,7 @@ def load_state_dict(
     for entry in known:
         if entry.name not in state_dict:
             continue
-        array = _as_array(entry.name, state_dict[entry.name], dtype)
+        array = as_array(entry.name, state_dict[entry.name], dtype)
         first, value = loads.setdefault(id(entry.variable), (entry, array))
         if problem := entry.misfit(array):
             mismatched.append(problem)
@@ -181,7 +181,17 @@ def load_state_dict(
     return IncompatibleKeys(missing, unexpected)
 
 
-def _as_array(name: str, value: Any, dtype: DTypeLike | None) -> np.ndarray | jax.Array:
+def as_array(name: str, value: Any, dtype: DTypeLike | None) -> np.ndarray | jax.Array:
+    """A tensor that is to be loaded, as an array of its own shape and dtype.
+
+    Args:
+        name: for the message.
+        value: JAX, NumPy or torch.
+        dtype: what it will be converted to; None: it keeps its own.
+
+    Raises:
+        CheckpointError: 64-bit values without a `dtype` while jax_enable_x64 is off.
+    """
     if interop.is_torch(value):
         value = interop.to_numpy(value)
     if not isinstance(value, jax.Array):

@@ -12,12 +12,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from spyx.ops import causal_conv1d, linear_scan
 from spyx.ops.dtypes import state_dtype, widen
 
 from ..core.layers import depthwise_conv, taps
+from ..layers.mha import attention, rotate
 
 Cache = dict[str, Array]
 
@@ -149,7 +150,7 @@ class LocalAttention(nnx.Module):
         position = offset[:, None] + jnp.arange(L)
         valid = jnp.ones((B, L), bool) if lengths is None else jnp.arange(L) < lengths[:, None]
         q, k, v = (p(x).reshape(B, L, -1, self.E) for p in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = self._rotated(q, position), self._rotated(k, position)
+        q, k = (rotate(z, position, self.rotary_width, self.theta) for z in (q, k))
         pieces = q, k, v, jnp.where(valid, position, -1)
         if cache is None and self.window >= L:
             y, after = self._attend(pieces, k, v, pieces[3]), {}
@@ -205,25 +206,7 @@ class LocalAttention(nnx.Module):
         q, position = piece[0], piece[3][:, :, None]
         held = held[:, None]
         seen = (held >= 0) & (held <= position) & (held > position - self.window)
-        return self._weighted(q, k, v, seen | (position < 0))
-
-    def _weighted(self, q, k, v, seen: Bool[Array, "B L S"]) -> Float[Array, "B L HE"]:
-        B, L = q.shape[:2]
-        dtype = state_dtype(q, k)
-        q, k, v = (x.astype(dtype) for x in (q.reshape(B, L, self.G, -1, self.E), k, v))
-        scores = jnp.einsum("blgrd,bsgd->bgrls", q, k, precision=self.precision) * self.E**-0.5
-        weights = jax.nn.softmax(scores, -1, where=seen[:, None, None])
-        return jnp.einsum("bgrls,bsgd->blgrd", weights, v, precision=self.precision).reshape(B, L, -1)
-
-    def _rotated(self, x: Float[Array, "B L G E"], position: Int[Array, "B L"]) -> Float[Array, "B L G E"]:
-        R = self.rotary_width
-        wide = widen(x[..., :R])
-        frequency = self.theta ** (-jnp.arange(0, R, 2, dtype=wide.dtype) / R)
-        angle = (position[..., None] * frequency)[:, :, None]
-        a, b = jnp.split(wide, 2, -1)
-        cos, sin = jnp.cos(angle), jnp.sin(angle)
-        turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
-        return jnp.concatenate([turned.astype(x.dtype), x[..., R:]], -1)
+        return attention(q, k, v, seen | (position < 0), self.E**-0.5, self.precision)
 
 
 def _held(ring: Cache) -> Int[Array, "B S"]:

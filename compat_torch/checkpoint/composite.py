@@ -139,7 +139,7 @@ def _fitting(
     for entry in known:
         if entry.name not in tensors:
             continue
-        array = _spatial(entry, np.asarray(state._as_array(entry.name, tensors[entry.name], dtype)))
+        array = _spatial(entry, np.asarray(state.as_array(entry.name, tensors[entry.name], dtype)))
         first, value = loads.get(id(entry.variable), (entry, array))
         if problem := entry.misfit(array):
             mis_shaped.append(problem)

@@ -20,7 +20,7 @@ from ..errors import CheckpointError
 from . import export
 from .detection import detect
 from .folder import open_folder
-from .hub import fetch
+from .hub import locate
 from .loading import load
 from .state_dict import open_file
 from .writing import Progress, check_target, write_file, write_folder, write_orbax
@@ -47,23 +47,6 @@ class Conversion:
     tensors: int
     nbytes: int
     difference: float | None = None
-
-
-def locate(path: str | os.PathLike[str], revision: str | None = None) -> Path:
-    """The file or folder `path`, or the folder of the hub's repository "owner/name", fetched.
-
-    Raises:
-        FileNotFoundError: it is neither. ValueError: a revision of something that is not a repository.
-        ImportError, CheckpointError: as `fetch`.
-    """
-    name = os.fspath(path)
-    if os.path.exists(name):
-        if revision is not None:
-            raise ValueError(f"revision={revision!r} is for repositories on the hub; {name} is a local path")
-        return Path(name)
-    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
-        return fetch(name, revision)
-    raise FileNotFoundError(f"there is no file or folder {name}, and it is not a repository 'owner/name' on the hub")
 
 
 def convert(

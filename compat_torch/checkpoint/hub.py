@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from ..errors import CheckpointError
@@ -9,6 +10,28 @@ from ..errors import CheckpointError
 _WEIGHTS = ("model*.safetensors", "*.safetensors", "*.bin")
 _BESIDE = ("*.json", "*.jinja", "tokenizer*", "*.model", "merges.txt", "vocab.txt", "LICENSE*", "README*")
 _NEVER = ("*/*", "optimizer*", "training_args*", "scheduler*", "rng_state*")
+
+
+def locate(path: str | os.PathLike[str], revision: str | None = None) -> Path:
+    """The file or folder `path`, or the folder of the hub's repository "owner/name", fetched.
+
+    Args:
+        path: what is there on this machine is taken, whatever the hub has; a name that starts with ".", "/" or "~" is
+            never a repository.
+        revision: branch, tag or commit of a repository.
+
+    Raises:
+        FileNotFoundError: it is neither. ValueError: a revision of something that is not a repository.
+        ImportError, CheckpointError: as `fetch`.
+    """
+    name = os.fspath(path)
+    if os.path.exists(name):
+        if revision is not None:
+            raise ValueError(f"revision={revision!r} is for repositories on the hub; {name} is a local path")
+        return Path(name)
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        return fetch(name, revision)
+    raise FileNotFoundError(f"there is no file or folder {name}, and it is not a repository 'owner/name' on the hub")
 
 
 def fetch(repo_id: str, revision: str | None = None) -> Path:

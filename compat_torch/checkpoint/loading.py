@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from ..arrays import count_nonfinite
 from ..errors import CheckpointError, StateDictMismatchError
 from .detection import Content, Detection, choose, constructor, describe, read_content
 from .formats import Fit, Format
-from .hub import fetch
+from .hub import locate
 from .state_dict import shorten
 
 if TYPE_CHECKING:
@@ -96,17 +95,9 @@ def from_pretrained(
         ImportError: a repository, and huggingface_hub is not installed.
         CheckpointError and others: as for `load`.
     """
-    name = os.fspath(path)
-    if Path(name).is_dir():
-        if revision is not None:
-            raise ValueError(f"revision={revision!r} is for repositories on the hub, {name} is a folder")
-        folder: str | os.PathLike[str] = name
-    elif Path(name).exists():
-        raise CheckpointError(f"{name} is a file: use load({name!r}), or pass its folder")
-    elif name.count("/") == 1 and not name.startswith((".", "/", "~")):
-        folder = fetch(name, revision)
-    else:
-        raise FileNotFoundError(f"there is no folder {name}, and it is not a repository 'owner/name' on the hub")
+    folder = locate(path, revision)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is a file: use load({os.fspath(folder)!r}), or pass its folder")
     return _load(read_content(folder), format, dtype, True, allow_nonfinite, kwargs)
 
 

@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from spyx.ops import causal_conv1d
-from spyx.ops.dtypes import state_dtype
+from spyx.ops.dtypes import state_dtype, widen
 from spyx.ops.scan import check_lengths
 
 from ..core.base import LRNN
@@ -214,38 +214,66 @@ class MHA(LRNN):
             after |= {"kv_cache": kv, "seqlen_offset": offset + jnp.sum(valid, 1, dtype=jnp.int32)}
             seen = jnp.arange(room) <= position[..., None]
             q = jnp.where((valid & (position >= room))[..., None, None], jnp.nan, q)
-        context = (
-            self._weighted(q, kv, seen | ~valid[..., None])
-            .reshape(B, L, self.num_heads * self.head_dim)
-            .astype(mixed.dtype)
-        )
+        k, v = kv[:, :, 0], kv[:, :, 1]
+        context = attention(q, k, v, seen | ~valid[..., None], self.softmax_scale, self.precision).astype(mixed.dtype)
         if self.mlp_dim:
             up, gate = jnp.split(gated, 2, -1)
             context = jnp.concatenate([context, up * jax.nn.silu(gate)], -1)
         return self.out_proj(context), after
 
-    def _weighted(self, q, kv, seen: Bool[Array, "B L S"]):
-        """softmax(q k) v over the steps `seen`, (B, L, heads, head_dim)."""
-        B, L = q.shape[:2]
-        dtype = state_dtype(q, kv)
-        groups = self.num_heads // self.num_heads_kv
-        q = q.reshape(B, L, self.num_heads_kv, groups, self.head_dim).astype(dtype)
-        k, v = kv[:, :, 0].astype(dtype), kv[:, :, 1].astype(dtype)
-        scores = jnp.einsum("blgrd,bsgd->bgrls", q, k, precision=self.precision) * self.softmax_scale
-        weights = jax.nn.softmax(scores, -1, where=seen[:, None, None])
-        return jnp.einsum("bgrls,bsgd->blgrd", weights, v, precision=self.precision)
-
     def _rotate(self, x: Float[Array, "B L G E"], position: Int[Array, "B L"]) -> Float[Array, "B L G E"]:
-        R = self.rotary_emb_dim
-        if not R:
-            return x
-        frequency = self.rotary_emb_base ** (-jnp.arange(0, R, 2, dtype=jnp.float32) / R)
-        angle = (position[..., None] * frequency)[:, :, None]
-        rotated, rest = x[..., :R].astype(jnp.result_type(x, jnp.float32)), x[..., R:]
-        a, b = (rotated[..., ::2], rotated[..., 1::2]) if self.rotary_emb_interleaved else jnp.split(rotated, 2, -1)
-        parts = a * jnp.cos(angle) - b * jnp.sin(angle), a * jnp.sin(angle) + b * jnp.cos(angle)
-        if self.rotary_emb_interleaved:
-            turned = jnp.stack(parts, -1).reshape(rotated.shape)
-        else:
-            turned = jnp.concatenate(parts, -1)
-        return jnp.concatenate([turned.astype(x.dtype), rest], -1)
+        return rotate(x, position, self.rotary_emb_dim, self.rotary_emb_base, self.rotary_emb_interleaved)
+
+
+def attention(
+    q: Float[Array, "B L H E"],
+    k: Float[Array, "B S G E"],
+    v: Float[Array, "B S G E"],
+    seen: Bool[Array, "B L S"],
+    scale: float,
+    precision: jax.lax.PrecisionLike,
+) -> Float[Array, "B L HE"]:
+    """softmax(scale q k) v over the steps that are `seen`, in float32 or wider.
+
+    Args:
+        q, k, v: H heads of queries, G of keys and values, a divisor of H: consecutive queries share one.
+        seen: which of the S keys each of the L queries sees; at least one, or the result is NaN.
+        scale: of the scores.
+        precision: of both products, as in `jax.lax.dot`.
+
+    Source: arXiv:1706.03762; grouped queries arXiv:2305.13245.
+    """
+    B, L, H, E = q.shape
+    G, dtype = k.shape[2], state_dtype(q, k)
+    q, k, v = (x.astype(dtype) for x in (q.reshape(B, L, G, H // G, E), k, v))
+    scores = jnp.einsum("blgrd,bsgd->bgrls", q, k, precision=precision) * scale
+    weights = jax.nn.softmax(scores, -1, where=seen[:, None, None])
+    return jnp.einsum("bgrls,bsgd->blgrd", weights, v, precision=precision).reshape(B, L, H * E)
+
+
+def rotate(
+    x: Float[Array, "B L G E"], position: Int[Array, "B L"], width: int, base: float, interleaved: bool = False
+) -> Float[Array, "B L G E"]:
+    """Rotary positions: the pair i of `width` leading channels turned by position * base^(-2 i / width) radians.
+
+    Args:
+        x: queries or keys.
+        position: of each step.
+        width: even, at most E; the other channels stay as they are.
+        base: of the frequencies.
+        interleaved: pairs are neighbours; otherwise pair i is the channels i and i + width / 2.
+
+    Returns:
+        in the dtype of `x`; computed in float32 or wider.
+
+    Source: arXiv:2104.09864.
+    """
+    if not width:
+        return x
+    wide = widen(x[..., :width])
+    frequency = base ** (-jnp.arange(0, width, 2, dtype=wide.dtype) / width)
+    angle = (position[..., None] * frequency)[:, :, None]
+    a, b = (wide[..., ::2], wide[..., 1::2]) if interleaved else jnp.split(wide, 2, -1)
+    parts = a * jnp.cos(angle) - b * jnp.sin(angle), a * jnp.sin(angle) + b * jnp.cos(angle)
+    turned = jnp.stack(parts, -1).reshape(wide.shape) if interleaved else jnp.concatenate(parts, -1)
+    return jnp.concatenate([turned.astype(x.dtype), x[..., width:]], -1)

@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Complex, Float
 
+_BLOCK = 2**16  # states in the tables alive at once, unless one channel needs more
+
 
 class Transition(NamedTuple):
     """One step h <- h + G h - U Re(V h) + B_bar u on one of each conjugate pair.
@@ -54,10 +56,25 @@ def advance(
 def kernel(
     s: Transition, C: Complex[Array, "c H n"], L: int, precision: jax.lax.PrecisionLike
 ) -> Float[Array, "c H L"]:
-    """2 Re(C A_bar^l B_bar) for l < L."""
-    channels, H, _ = C.shape
+    """2 Re(C A_bar^l B_bar) for l < L, in blocks of channels: the tables of one block are alive at once."""
+    (rank, H, n), channels = s.U.shape, C.shape[0]
     if 0 in (*C.shape, L):
         return jnp.zeros((channels, H, L), s.G.real.dtype)
+    fits = (size for size in range(H, 0, -1) if H % size == 0 and size * _fine(L) * (1 + rank) * n <= _BLOCK)
+    size = next(fits, 1)
+    if size == H:
+        return _kernel(s, C, L, precision)
+
+    def cut(x):
+        return jnp.moveaxis(x.reshape(*x.shape[:-2], H // size, size, n), -3, 0)
+
+    part = jax.checkpoint(partial(_kernel, L=L, precision=precision))
+    K = jax.lax.map(lambda block: part(*block), (jax.tree.map(cut, s), cut(C)))
+    return jnp.moveaxis(K, 0, 1).reshape(channels, H, L)
+
+
+def _kernel(s: Transition, C: Complex[Array, "c H n"], L: int, precision) -> Float[Array, "c H L"]:
+    channels, H, _ = C.shape
     run = _Run.of(s, _fine(L))
     rows = _readouts(run, C, -(-L // _fine(L)), precision)[1]
     K = 2 * jnp.einsum("jhcn,hkn->chjk", rows, _functionals(run.states), precision=precision)

@@ -19,8 +19,9 @@ class S4(LrnnxS4):
     C and C~. Where l_kernel is 0, C is the readout. Where it is M > 0, C holds C~ = C (I - A_bar^M), from which
     the convolution kernel of M steps is computed directly, and which is what the optimizer moves. The reference
     rewrites C so in its first forward; here the constructor does, when `l_max` is given (M = l_max), and
-    `set_kernel_length(M)` on request. A call changes nothing: where its kernel needs another M, C is converted
-    on the fly, at a cost of O(n^3) a channel. Checkpoints of the reference load and save in either state.
+    `set_kernel_length(M)` on request. A call changes nothing. Where its kernel needs another M than that of C~, C~
+    is converted on the fly, at a cost of O(n^3) a channel; from C itself the kernel comes at O(rank n) a step and
+    channel, from powers of the step. Checkpoints of the reference load and save in either state.
 
     Cache: lrnn_state (B, H, 2 n), the states and their conjugates, and dC (c, H, n), the readout C. A step
     costs O(rank n) a channel. A call with a state or cache runs step by step in one compiled loop.
