@@ -108,7 +108,7 @@ def _with_progress(steps: Iterator[list[Row]], total: int | None, console: Conso
     label, current = TextColumn("checking"), TextColumn("{task.description}")
     columns = (label, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), current)
     rows: list[Row] = []
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_interactive) as progress:
         task = progress.add_task("", total=total)
         for found in steps:
             rows += found

@@ -199,11 +199,25 @@ class CausalLM(nnx.Module):
         """Load the reference's state_dict, all or nothing; see `compat_torch.load_state_dict`."""
         return state.load_state_dict(self, state_dict, strict, dtype=dtype)
 
-    def save_pretrained(self, save_directory: str | Path, *, format: str | None = None) -> None:
-        """Write a folder that `from_pretrained` reads; see `compat_torch.checkpoint.save_pretrained`."""
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        *,
+        format: str | None = None,
+        source: str | Path | None = None,
+        overwrite: bool = False,
+    ) -> None:
+        """Write a folder that `from_pretrained` and the reference read; see `compat_torch.checkpoint.save_pretrained`.
+
+        Args:
+            save_directory: made if it is not there; otherwise it must be empty.
+            format: "hf" or "mamba_ssm", where the class has them; None is the first with weights in safetensors.
+            source: the folder the model came from: tokenizer, generation_config.json, licence and README are copied.
+            overwrite: replace a folder that this method wrote.
+        """
         from .. import checkpoint
 
-        checkpoint.save_pretrained(self, save_directory, format=format)
+        checkpoint.save_pretrained(self, save_directory, format=format, source=source, overwrite=overwrite)
 
     @classmethod
     def from_pretrained(cls, path: str | Path, **kwargs: Any) -> Self:

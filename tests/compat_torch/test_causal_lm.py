@@ -13,10 +13,9 @@ import pytest
 import torch
 from flax import nnx
 
-from compat_torch import checkpoint
 from compat_torch.architectures import language_model
 from compat_torch.architectures.causal_lm import CausalLMConfig, CausalLMOutput, TiedHead, compact
-from compat_torch.architectures.mamba2_lm import Mamba2Config
+from compat_torch.architectures.mamba2_lm import Mamba2Config, Mamba2LMHeadModel
 from compat_torch.architectures.mamba_lm import FalconMambaConfig, MambaConfig, MambaLMHeadModel
 
 SIZES = {"vocab_size": 11, "hidden_size": 6, "num_hidden_layers": 1, "state_size": 2}
@@ -235,17 +234,21 @@ def test_training_and_evaluation_modes_compute_the_same(model):
     model.eval()
 
 
-def test_files_are_the_business_of_checkpoint(model, monkeypatch, tmp_path):
-    calls = []
-    monkeypatch.setattr(checkpoint, "save_pretrained", lambda *a, **k: calls.append((a, k)), raising=False)
-    monkeypatch.setattr(checkpoint, "from_pretrained", lambda path, **k: model, raising=False)
-    model.save_pretrained(tmp_path, format="hf.mamba")
-    assert calls == [((model, tmp_path), {"format": "hf.mamba"})]
-    assert MambaLMHeadModel.from_pretrained(tmp_path) is model
-    from compat_torch.architectures.mamba2_lm import Mamba2LMHeadModel
-
+def test_a_folder_keeps_the_model_and_what_lies_beside_it(model, tmp_path):
+    model.save_pretrained(tmp_path / "first", format="hf")
+    (tmp_path / "first" / "tokenizer.json").write_text("{}")
+    model.save_pretrained(tmp_path / "second", source=tmp_path / "first")
+    assert (tmp_path / "second" / "tokenizer.json").read_text() == "{}"
+    assert (tmp_path / "second" / "provenance.json").exists()
+    again = MambaLMHeadModel.from_pretrained(tmp_path / "second")
+    kept = again.config.to_dict()
+    assert {**kept, **model.config.to_dict()} == kept
+    for name, value in model.state_dict().items():
+        np.testing.assert_array_equal(again.state_dict()[name], value)
+    with pytest.raises(FileExistsError):
+        model.save_pretrained(tmp_path / "second")
     with pytest.raises(TypeError, match="holds a MambaLMHeadModel, not a Mamba2LMHeadModel"):
-        Mamba2LMHeadModel.from_pretrained(tmp_path)
+        Mamba2LMHeadModel.from_pretrained(tmp_path / "second")
 
 
 def test_a_model_is_a_pytree_under_jit_grad_and_vmap(model):

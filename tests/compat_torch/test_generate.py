@@ -11,6 +11,7 @@ import torch
 import transformers
 import typer
 from flax import nnx
+from oracles.transformers_models import reference
 from transformers.generation import logits_process
 from typer.testing import CliRunner
 
@@ -18,6 +19,7 @@ from compat_torch import _cli_generate, generation
 from compat_torch._sampling import Sampling, filtered, penalised, sample
 from compat_torch.architectures.language_model import LRNNLMHeadModel
 from compat_torch.generation import GenerationCache, generate
+from compat_torch.nn import from_torch
 
 VOCABULARY = 13
 
@@ -283,6 +285,59 @@ def test_a_cache_of_another_batch(model):
     assert isinstance(cache, GenerationCache)
     with pytest.raises(ValueError, match=r"\(2, 13\), got \(1, 13\)"):
         generate(model, prompt(1, 3), 1, cache=cache)
+
+
+OF_TRANSFORMERS = {
+    "Mamba2": {"num_heads": 4, "head_dim": 6, "n_groups": 2, "chunk_size": 8},
+    "FalconMamba": {"time_step_rank": 2},
+}
+
+
+@pytest.fixture(scope="module", params=OF_TRANSFORMERS)
+def pair(request):
+    sizes = {"vocab_size": 23, "hidden_size": 12, "num_hidden_layers": 2, "state_size": 4, "conv_kernel": 4}
+    theirs = reference(request.param, **sizes, **OF_TRANSFORMERS[request.param])
+    return theirs, from_torch(theirs)
+
+
+def by_transformers(theirs, ids, new, **settings):
+    """Greedy: the new tokens of each row."""
+    out = theirs.generate(
+        torch.from_numpy(ids), attention_mask=torch.ones(ids.shape, dtype=torch.int64), max_new_tokens=new,
+        do_sample=False, eos_token_id=None, pad_token_id=0, **settings,
+    )  # fmt: skip
+    return out[:, ids.shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("penalty", [None, 1.4])
+def test_greedy_tokens_are_those_of_transformers(pair, penalty):
+    theirs, model = pair
+    ids = np.random.default_rng(1).integers(0, 23, (3, 9))
+    settings = {} if penalty is None else {"repetition_penalty": penalty}
+    expected = by_transformers(theirs, ids, 8, **settings)
+    assert len({tuple(row) for row in expected}) == 3
+    np.testing.assert_array_equal(generate(model, ids, 8, **settings)[:, 9:], expected)
+
+
+def test_rows_of_a_ragged_batch_are_those_of_transformers_alone(pair):
+    theirs, model = pair
+    ids, mask = np.random.default_rng(2).integers(0, 23, (3, 9)), np.ones((3, 9), int)
+    mask[0, :8] = mask[1, 4:] = 0
+    expected = [by_transformers(theirs, row[kept == 1][None], 8)[0] for row, kept in zip(ids, mask, strict=True)]
+    np.testing.assert_array_equal(generate(model, ids, 8, attention_mask=mask)[:, 9:], expected)
+
+
+def test_samples_are_among_the_largest_logits_of_transformers(pair):
+    theirs, model = pair
+    ids = np.random.default_rng(3).integers(0, 23, (3, 9))
+    out, again, other = (generate(model, ids, 8, temperature=1.5, top_k=4, rngs=nnx.Rngs(seed)) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(out, again)
+    assert (out != other).any()
+    with torch.no_grad():
+        logits = theirs(torch.from_numpy(out), use_cache=False).logits[:, 8:-1]
+    ranks = (logits > logits.gather(2, torch.from_numpy(out[:, 9:, None]))).sum(-1)
+    assert ranks.max() <= 3
+    assert ranks.max() > 0
 
 
 def test_weights_that_are_not_numbers():

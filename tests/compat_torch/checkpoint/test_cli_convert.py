@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import torch
 import typer
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
 import compat_torch.checkpoint.conversion as conversion
 from compat_torch._cli_convert import arguments, convert
 from compat_torch.checkpoint import load, open_folder, read_state_dict
 from compat_torch.errors import CheckpointError
+from parity.case import read_case
 
 GOLDEN = Path(__file__).parents[3] / "parity" / "golden"
 LRU = {
@@ -106,6 +107,55 @@ def test_a_model_of_transformers(tmp_path, to):
         again = run(tmp_path / "out", tmp_path / "again", "--to", "hf")
         assert again.exit_code == 0, again.output
         assert_same(open_folder(tmp_path / "again").tensors, dict(open_folder(source).tensors))
+
+
+@pytest.mark.parametrize(
+    ("name", "case", "file", "out"),
+    [
+        ("S4Block", "s4repo_block_dplr_default", "weights.safetensors", "out.pt"),
+        ("S4Block", "s4repo_block_diag_bidir", "weights.safetensors", "out.safetensors"),
+        ("S4D", "s4repo_s4d_t", "weights.safetensors", "out.pt"),
+        ("S4Model", "s4repo_digits_trained", "lightning.ckpt", "out.pt"),
+    ],
+)
+def test_layers_and_the_model_of_s4(tmp_path, name, case, file, out):
+    result = run(GOLDEN / case / file, tmp_path / out, "--to", "s4", "--verify")
+    assert result.exit_code == 0, result.output
+    assert f"s4.{name} -> s4.{name}" in result.output
+    assert "verified: read back bit for bit" in result.output
+    expected = load_file(GOLDEN / case / "weights.safetensors")
+    if out.endswith(".pt"):
+        loaded = torch.load(tmp_path / out, weights_only=True)
+        assert_same({name: tensor.numpy() for name, tensor in loaded.items()}, expected)
+    else:
+        assert_same(load_file(tmp_path / out), expected)
+    if name == "S4Model":
+        recorded = read_case(GOLDEN / case).runs[0]
+        logits = load(tmp_path / out)(jnp.asarray(recorded.x[:5]))
+        np.testing.assert_allclose(logits, recorded.y[:5], atol=1e-5 * np.abs(recorded.y[:5]).max(), rtol=0)
+
+
+def test_a_language_model_of_lrnnx(tmp_path):
+    case = GOLDEN / "lrnnx_lm_lru_mamba_s5"
+    command = (case / "save_pretrained", tmp_path / "out", "--to", "lrnnx", "--verify")
+    result = run(*command)
+    assert result.exit_code == 1
+    assert "mixer_kwargs={'S5': {'discretization': ...}}" in result.stderr
+    assert not (tmp_path / "out").exists()
+    result = run(*command, "--arg", 'mixer_kwargs={"S5": {"discretization": "zoh"}}')
+    assert result.exit_code == 0, result.output
+    assert "lrnnx.lm -> lrnnx.lm, 30 tensors" in result.output
+    assert "verified: read back bit for bit" in result.output
+    before, after = (
+        torch.load(folder / "pytorch_model.bin", weights_only=True) for folder in (command[0], tmp_path / "out")
+    )
+    assert_same(
+        {name: tensor.numpy() for name, tensor in after.items()},
+        {name: tensor.numpy() for name, tensor in before.items()},
+    )
+    recorded = read_case(case).runs[0]
+    logits = load(tmp_path / "out")(jnp.asarray(recorded.x)).logits
+    np.testing.assert_allclose(logits, recorded.y, atol=1e-5, rtol=0)
 
 
 def test_arguments_the_checkpoint_does_not_store(tmp_path):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from flax import nnx
 from oracles import torch_models
+from oracles.transformers_models import outputs_of, reference
 
 from compat_torch.core.discretization import DISCRETIZE_FNS
 from compat_torch.models import lti as jax_lti
@@ -142,6 +143,45 @@ def test_a_model_of_transformers():
         np.testing.assert_allclose(module(jnp.asarray(ids.numpy())).logits, expected.numpy(), atol=1e-5, rtol=1e-4)
         twin = to_torch(module)
         torch.testing.assert_close(twin(ids).logits, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "config"),
+    [
+        (
+            "Mamba2",
+            {"state_size": 4, "conv_kernel": 3, "num_heads": 4, "head_dim": 4, "n_groups": 2, "chunk_size": 4},
+        ),
+        ("FalconMamba", {"state_size": 4, "conv_kernel": 3, "time_step_rank": 2}),
+        (
+            "RecurrentGemma",
+            {"num_attention_heads": 2, "num_key_value_heads": 1, "attention_window_size": 3, "lru_width": 12,
+             "intermediate_size": 20, "w_init_variance_scale": 0.5, "attn_implementation": "eager"},
+        ),
+    ],
+)  # fmt: skip
+def test_other_models_of_transformers(architecture, config):
+    layers = 3 if architecture == "RecurrentGemma" else 2
+    theirs = reference(architecture, vocab_size=11, hidden_size=8, num_hidden_layers=layers, **config)
+    module = from_torch(theirs)
+    assert module.config.to_dict().items() >= {"vocab_size": 11, "num_hidden_layers": layers}.items()
+    ids = np.random.default_rng().integers(0, 11, (2, 7))
+    expected, _ = outputs_of(theirs, ids)
+    logits = nnx.jit(lambda module, ids: module(ids).logits)(module, jnp.asarray(ids))
+    np.testing.assert_allclose(logits, expected, atol=1e-5 * max(1, np.abs(expected).max()), rtol=0)
+    twin = to_torch(module)
+    weights = dict(theirs.state_dict())
+    if architecture == "Mamba2":
+        weights["backbone.embedding.weight"] = weights.pop("backbone.embeddings.weight")
+    back = twin.state_dict()
+    assert back.keys() == weights.keys()
+    for name, tensor in weights.items():
+        assert back[name].dtype == tensor.dtype, name
+        assert torch.equal(back[name], tensor), name
+    again = from_torch(twin)
+    assert type(again) is type(module)
+    for name, value in again.state_dict().items():
+        np.testing.assert_array_equal(value, back[name])
 
 
 def test_without_torch():
