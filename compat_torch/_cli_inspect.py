@@ -100,7 +100,7 @@ def inspect(
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a repository.")] = None,
 ) -> None:
     """Format, configuration and tensors of a checkpoint; nothing in it is executed. Exit status 1 on errors."""
-    from .checkpoint.conversion import locate
+    from .checkpoint.hub import locate
 
     with reporting():
         report = examine(locate(path, revision))

@@ -136,7 +136,7 @@ def outputs(model: nnx.Module, seed: int = 0) -> np.ndarray:
         high = min(int(getattr(model, "vocab_size", 0) or getattr(getattr(model, "config", None), "vocab_size", 8)), 8)
         x = rng.integers(0, high, shape) if ids else rng.standard_normal(shape)
         try:
-            y: Any = model(jnp.asarray(x, jnp.int32 if ids else dtype))  # pyright: ignore[reportCallIssue]
+            y = _run(model, jnp.asarray(x, jnp.int32 if ids else dtype))
         except (TypeError, ValueError) as err:
             refusals.append(" ".join(str(err).split())[:120])
             continue
@@ -145,6 +145,11 @@ def outputs(model: nnx.Module, seed: int = 0) -> np.ndarray:
     raise CheckpointError(
         f"no random input suits {type(model).__name__}, so that its outputs were not compared: {refusals}"
     )
+
+
+@nnx.jit
+def _run(model: Any, x: jax.Array) -> Any:
+    return model(x)
 
 
 def _layouts(model: nnx.Module) -> Iterator[tuple[int, ...]]:

@@ -61,6 +61,7 @@ def test_prompts_in_pieces_and_steps_are_the_whole(mixers):
     np.testing.assert_allclose(model(ids, num_last_tokens=2).logits, whole[:, -2:], atol=2e-6)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("mixers", FAMILIES)
 def test_padding_changes_nothing(mixers):
     model, ids, lengths = make(mixers), tokens(3, 6), jnp.array([6, 2, 0])
@@ -177,6 +178,7 @@ def test_it_overfits_a_small_batch_and_padding_does_not_count():
     assert values[-1] < values[0] / 10
 
 
+@pytest.mark.full
 def test_bfloat16_keeps_the_residual_wide():
     model = make(dtype=jnp.bfloat16, residual_in_fp32=True)
     single = make(residual_in_fp32=True)

@@ -35,7 +35,7 @@ call = nnx.jit(lambda model, x: model(x))
 @pytest.mark.parametrize(
     ("kwargs", "delays", "T"),
     [
-        ({"reference": "paper"}, (1, 2), 13),
+        pytest.param({"reference": "paper"}, (1, 2), 13, marks=pytest.mark.full),
         ({"causal": False, "out_channels": 2, "resample_factors": [2], "channels": [3]}, (0,), 12),
         ({"resample_factors": [2, 2], "channels": [4, 8]}, (1, 1), 7),
     ],
@@ -123,6 +123,7 @@ def test_names_and_widths():
     assert 0.5 * bound < jnp.abs(make(reference="paper").down_ssms[0][1].conv.kernel[...]).max() <= bound
 
 
+@pytest.mark.full
 def test_dtypes_and_torch():
     model, x = make(reference="paper"), noise(2, 2, 7)
     y = call(model, x)

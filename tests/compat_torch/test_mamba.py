@@ -16,7 +16,7 @@ from compat_torch.errors import StateDictMismatchError
 from compat_torch.models.ltv import Mamba
 
 DISCRETIZATIONS = ("mamba", "zoh", "bilinear", "dirac")
-QUICK = settings(max_examples=3, deadline=None, derandomize=True)
+QUICK = settings(max_examples=2, deadline=None, derandomize=True)
 WIDE = settings(max_examples=60, deadline=None)
 
 

@@ -68,6 +68,7 @@ def test_a_schedule_moves_the_default_group_only():
     np.testing.assert_allclose(layer.A[...], 1 - 0.001, rtol=1e-5)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("jit", [False, True])
 def test_mamba_trains_with_the_references_groups(jit):
     layer = Mamba(4, 2, rngs=nnx.Rngs(0))

@@ -225,12 +225,20 @@ def test_step_modes_and_their_caches():
     jitted = nnx.jit(lambda m: m.allocate_inference_cache(2, mode="diagonal"))(layer)
     assert jitted.keys() == expected["diagonal"].keys()
     assert layer.default_state(2).shape == (2, 4, 8)
+
+
+@pytest.mark.full
+def test_diagonal_steps_of_many_states_and_eigenvectors_that_do_not_exist():
     many, x = make(d_state=64, d_model=2, n_ssm=1), noise(1, 40, 2)
     y, _ = decode(many, x, many.allocate_inference_cache(1, mode="diagonal"))
     np.testing.assert_allclose(y, many(x)[0], atol=3e-6)
     many.layer.kernel.inv_dt.set_value(jnp.full((2, 1), jnp.nan))
     with pytest.raises(ValueError, match=r'mode="diagonal" needs eigenvectors of A_bar that can be inverted'):
         many.allocate_inference_cache(1, mode="diagonal")
+
+
+def test_modes_that_are_none():
+    layer = make()
     with pytest.raises(ValueError, match="mode of the cache must be one of"):
         layer.allocate_inference_cache(1, mode="quick")
     with pytest.raises(ValueError, match="mode of the cache must be one of"):
@@ -368,7 +376,10 @@ def test_learning_rates_and_decay():
     assert dict(make(S4D, lr=0.1).kernel.log_dt.get_metadata()["optim"]) == {"lr": 0.1, "weight_decay": 0.0}
 
 
-@pytest.mark.parametrize("make_layer", [make, lambda **k: make(mode="diag", **k), lambda **k: make(S4D, **k)])
+@pytest.mark.parametrize(
+    "make_layer",
+    [pytest.param(make, marks=pytest.mark.full), lambda **k: make(mode="diag", **k), lambda **k: make(S4D, **k)],
+)
 def test_transforms_dtypes_and_empty_inputs(make_layer):
     layer, x = make_layer(), noise(2, 5, 4)
     y = layer.forward(x)[0]

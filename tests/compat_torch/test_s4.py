@@ -138,6 +138,7 @@ def test_streams_agree_in_float32(cls):
         assert state.shape == (2, 4, 8)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("cls", BOTH)
 def test_gradients_through_a_state_are_those_of_the_whole(cls):
     layer, x = make(cls), noise(2, 9, 4)
@@ -282,6 +283,7 @@ def test_dtypes(cls):
     np.testing.assert_allclose(single(x)[0], exact, atol=2e-6)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("init", ["fourier", "legt", "legs"])
 @pytest.mark.parametrize("cls", BOTH)
 def test_float32_gradients_are_near_float64_where_poles_meet_nodes(cls, init):

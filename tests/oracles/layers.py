@@ -10,7 +10,7 @@ from hypothesis import settings
 
 from compat_torch import decode
 
-QUICK = settings(max_examples=3, deadline=None, derandomize=True)
+QUICK = settings(max_examples=2, deadline=None, derandomize=True)
 WIDE = settings(max_examples=60, deadline=None)
 
 

@@ -19,7 +19,7 @@ def quantised(provider, layer, path=".*"):
     return qwix.quantize_model(layer, provider([rule]), noise(6, 2, H))
 
 
-@pytest.mark.parametrize("provider", ["PtqProvider", "QtProvider"])
+@pytest.mark.parametrize("provider", [pytest.param("PtqProvider", marks=pytest.mark.full), "QtProvider"])
 def test_the_convolution_is_quantised(provider):
     layer, u = make("MambaBlock"), noise(11, 2, H)
     everything = quantised(getattr(qwix, provider), layer)

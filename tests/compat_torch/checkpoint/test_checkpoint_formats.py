@@ -264,7 +264,7 @@ def test_adapters_are_refused(tmp_path):
 
 
 def test_where_to_look_for_a_model(tmp_path, monkeypatch):
-    with pytest.raises(FileNotFoundError, match=r"no folder .*not a repository"):
+    with pytest.raises(FileNotFoundError, match=r"no file or folder .*not a repository"):
         checkpoint.from_pretrained(tmp_path / "none")
     save_file({"A": np.zeros(2, np.float32)}, tmp_path / "w.safetensors")
     with pytest.raises(CheckpointError, match=r"is a file: use load"):
@@ -277,7 +277,7 @@ def test_where_to_look_for_a_model(tmp_path, monkeypatch):
         asked.append(arguments)
         return GOLDEN / "hf_mamba_tiny_random" / "hf"
 
-    monkeypatch.setattr("compat_torch.checkpoint.loading.fetch", fetch)
+    monkeypatch.setattr("compat_torch.checkpoint.hub.fetch", fetch)
     model = checkpoint.from_pretrained("someone/mamba", revision="v1")
     assert asked == [("someone/mamba", "v1")]
     assert type(model).__name__ == "MambaLMHeadModel"

@@ -55,7 +55,7 @@ def evaluation(method, dt_softplus=True, **fixed):
     return jax.jit(evaluate)
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(
     T=st.sampled_from([1, 17, 37]),
     groups=st.sampled_from([0, 1, 2]),

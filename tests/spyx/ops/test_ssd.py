@@ -45,7 +45,7 @@ def loss(c, **fixed):
     return weigh(y) + weigh(h)
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(
     T=st.sampled_from([1, 8, 19]),
     groups=st.sampled_from([1, 2, 4]),
