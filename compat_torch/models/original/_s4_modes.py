@@ -122,7 +122,7 @@ def _diagonal_matrices(kernel: SSMKernelDPLR) -> Cache:
 
 
 def _check_residual(owner: str, residual: Array, size: Array) -> None:
-    if not isinstance(residual, Tracer) and float(residual) > _RESIDUAL * float(size):
+    if not isinstance(residual, Tracer) and not float(residual) <= _RESIDUAL * float(size):
         raise ValueError(
             f'{owner}: mode="diagonal" needs eigenvectors of A_bar that can be inverted in float64, but what they '
             f'give back is off by {float(residual):.0e}; use mode="linear" or "dense"'
