@@ -68,7 +68,7 @@ def check(case: Case, subject: Subject, precision: Precision = "float32") -> Row
 
     An exception of the subject is a difference, named in the row; it does not end the report.
     """
-    scores = _Scores()
+    scores = Scores()
     precision = cast(Precision, case.recorded_in or precision)
     try:
         with _x64(precision == "float64"):
@@ -76,15 +76,10 @@ def check(case: Case, subject: Subject, precision: Precision = "float32") -> Row
                 _check_run(case, subject, run, precision, scores)
     except Exception as err:
         scores.notes.append(f"{type(err).__name__}: {err}")
-    verdict: Verdict = "differs" if scores.notes else "identical"
-    worst = scores.worst
-    return Row(
-        case.name, subject.name, worst.get("forward"), worst.get("step"), worst.get("gradient"),
-        worst.get("relative"), verdict, "; ".join(filter(None, [*scores.notes, case.remark, *scores.remarks])),
-    )  # fmt: skip
+    return scores.row(case.name, subject.name, case.remark)
 
 
-class _Scores:
+class Scores:
     """The worst value of each measure, and a note for each limit that was passed."""
 
     def __init__(self):
@@ -98,12 +93,19 @@ class _Scores:
         if not value <= limit:
             self.notes.append(f"{what}: {measure} {value:.2g} > {limit:.2g}")
 
+    def row(self, case: str, subject: str, remark: str = "") -> Row:
+        """The outcome, with everything there is to say about it."""
+        note = "; ".join(filter(None, [*self.notes, remark, *self.remarks]))
+        verdict: Verdict = "differs" if self.notes else "identical"
+        forward, step, gradient, relative = (self.worst.get(m) for m in ("forward", "step", "gradient", "relative"))
+        return Row(case, subject, forward, step, gradient, relative, verdict, note)
+
 
 def _x64(on: bool) -> contextlib.AbstractContextManager:
     return jax.enable_x64(True) if on else contextlib.nullcontext()
 
 
-def _check_run(case: Case, subject: Subject, run: Run, precision: Precision, scores: _Scores) -> None:
+def _check_run(case: Case, subject: Subject, run: Run, precision: Precision, scores: Scores) -> None:
     dtype = jnp.dtype(precision)
     params = {name: _cast(value, dtype) for name, value in case.weights.items()}
     initial = params if case.initial is None else {name: _cast(value, dtype) for name, value in case.initial.items()}
@@ -131,12 +133,12 @@ def _check_run(case: Case, subject: Subject, run: Run, precision: Precision, sco
             _check_tokens(case, subject, run, params, _largest(y - run.y), scores)
         return
     if case.initial is not None:
-        _check_forward(_to_float64(forward(initial, x)), run, precision, scores)
+        check_forward(_to_float64(forward(initial, x)), run, precision, scores)
     if case.initial is None or precision == "float32":
-        _check_forward(y, run, precision, scores)
+        check_forward(y, run, precision, scores)
     for name, copy in case.copies.items():
         values = {name: _cast(value, dtype) for name, value in copy.items()}
-        _check_forward(_to_float64(forward(values, x)), replace(run, name=f"{run.name} {name}"), precision, scores)
+        check_forward(_to_float64(forward(values, x)), replace(run, name=f"{run.name} {name}"), precision, scores)
     if isinstance(subject, LanguageSubject) and precision == "float32":
         states = jax.jit(partial(subject.hidden_states, case.kwargs))(params, x)
         for i, (ours, theirs) in enumerate(zip(states, run.hidden_states, strict=True)):
@@ -157,11 +159,12 @@ def _check_run(case: Case, subject: Subject, run: Run, precision: Precision, sco
             at = values.pop("x", x)
             return jnp.sum(forward(values, at) * w)
 
-        for name, ours, theirs in _paired(jax.jit(jax.grad(loss))(start), run.grads):
-            _check_gradient(_to_float64(ours), theirs, run.grads64.get(name), f"{run.name} grad.{name}", scores)
+        for name, ours, theirs in paired(jax.jit(jax.grad(loss))(start), run.grads):
+            check_gradient(_to_float64(ours), theirs, run.grads64.get(name), f"{run.name} grad.{name}", scores)
 
 
-def _check_forward(y: np.ndarray, run: Run, precision: Precision, scores: _Scores) -> None:
+def check_forward(y: np.ndarray, run: Run, precision: Precision, scores: Scores) -> None:
+    """Score outputs against those of the run."""
     scale = max(1.0, _largest(run.y64))
     if precision == "float64":
         scores.add("forward", _distance(y, run.y64, run.y64), 1e-10, run.name)
@@ -172,7 +175,7 @@ def _check_forward(y: np.ndarray, run: Run, precision: Precision, scores: _Score
     scores.add("relative", _largest(y - run.y64) / size / (own / size + 4 * EPS32), 2.0, run.name)
 
 
-def _check_tokens(case: Case, subject: Subject, run: Run, params: Arrays, error: float, scores: _Scores) -> None:
+def _check_tokens(case: Case, subject: Subject, run: Run, params: Arrays, error: float, scores: Scores) -> None:
     """The tokens that a language model chooses; `error` is by how much logits were found to differ."""
     if run.greedy is None or not isinstance(subject, LanguageSubject):
         return
@@ -188,7 +191,8 @@ def _check_tokens(case: Case, subject: Subject, run: Run, params: Arrays, error:
             scores.remarks.append(f"{at} of {new} tokens compared: the next choice is by {gap:.1g} of its logit")
 
 
-def _check_gradient(ours: np.ndarray, theirs: np.ndarray, exact: np.ndarray | None, what: str, scores: _Scores) -> None:
+def check_gradient(ours: np.ndarray, theirs: np.ndarray, exact: np.ndarray | None, what: str, scores: Scores) -> None:
+    """Score one gradient against the reference's, or against the exact one where the reference is far from it."""
     limit = 5e-5
     if exact is not None and (own := _distance(theirs, exact, exact)) > limit:
         theirs, limit = exact, own
@@ -196,12 +200,12 @@ def _check_gradient(ours: np.ndarray, theirs: np.ndarray, exact: np.ndarray | No
     scores.add("gradient", _distance(ours, theirs, theirs), limit, what)
 
 
-def _paired(gradients: Arrays, stored: Arrays) -> Iterator[tuple[str, jax.Array, np.ndarray]]:
+def paired(gradients: Arrays, stored: Arrays) -> Iterator[tuple[str, jax.Array, np.ndarray]]:
     """(name, our gradient, the reference's); a parameter that the reference's graph does not reach has none: 0.
 
     Gradients with respect to a complex parameter are stored as (dL/dRe, dL/dIm); JAX gives dL/dRe - i dL/dIm.
     """
-    ours = {name: _in_parts(jnp.conj(value)) for name, value in gradients.items()}
+    ours = {name: in_parts(jnp.conj(value)) for name, value in gradients.items()}
     for name in sorted(ours.keys() | stored.keys()):
         if name not in ours:
             raise KeyError(f"the reference has a gradient for {name!r}, ours has none")
@@ -220,7 +224,7 @@ def _cast(value: np.ndarray, dtype: np.dtype) -> np.ndarray:
     return value.astype(np.int32) if value.dtype == np.int64 else value
 
 
-def _in_parts(value: jax.Array) -> jax.Array:
+def in_parts(value: jax.Array) -> jax.Array:
     """A complex value as (re, im) on a trailing axis."""
     return jnp.stack([value.real, value.imag], -1) if jnp.iscomplexobj(value) else value
 

@@ -196,21 +196,28 @@ def _make_case(reference: Any, configuration: Configuration, seed: int) -> Case:
     with torch.no_grad():
         if not kwargs.get("is_real"):
             steps = _steps(model, x.transpose(1, 2) if transposed else x, extra)
-    with _everything_in_64_bits():
-        inputs64 = x.double().requires_grad_()
-        for parameter in model64.double().parameters():
-            if parameter.is_complex():
-                parameter.data = parameter.data.to(torch.complex128)
-        y64 = output_of(model64(inputs64, **{name: value.double() for name, value in extra.items()}))
-        grads64 = _gradients(model64, inputs64, y64, w.double())
+    y64, grads64 = in_float64(model64, x, extra, w)
     run = Run(
-        name=f"L={shape[1]}", x=x.numpy(), y=y.detach().numpy(), y64=y64.detach().numpy(), w=w.numpy(), grads=grads,
+        name=f"L={shape[1]}", x=x.numpy(), y=y.detach().numpy(), y64=y64, w=w.numpy(), grads=grads,
         grads64=grads64, step=np.moveaxis(steps, 1, 2) if transposed and steps is not None else steps,
         inputs={name: value.numpy() for name, value in extra.items()},
     )  # fmt: skip
     changed = any(not np.array_equal(initial[name], weights[name]) for name in weights)
     before = initial if changed else None
     return amended(Case(configuration.name, configuration.cls, kwargs, weights, (run,), before))
+
+
+def in_float64(model: Any, x: Any, extra: dict[str, Any], w: Any) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Outputs of the reference in float64, and the gradients of sum(y * w) by name; `model` is changed to float64."""
+    import torch
+
+    with _everything_in_64_bits():
+        inputs = x.double().requires_grad_()
+        for parameter in model.double().parameters():
+            if parameter.is_complex():
+                parameter.data = parameter.data.to(torch.complex128)
+        y = output_of(model(inputs, **{name: value.double() for name, value in extra.items()}))
+        return y.detach().numpy(), _gradients(model, inputs, y, w.double())
 
 
 def _weights(model: Any) -> dict[str, np.ndarray]:

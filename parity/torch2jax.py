@@ -16,12 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .compare import Precision, Row
-from .live import Configuration, ReferenceMissingError, configurations, import_class, output_of
+from .case import Run
+from .compare import Precision, Row, Scores, check_forward, check_gradient, in_parts, paired
+from .live import Configuration, ReferenceMissingError, configurations, import_class, in_float64, output_of
 from .subjects import Subject, subjects_of
 
 TORCH2JAX = "torch2jax==0.1.0"
-FORWARD_LIMIT, GRADIENT_LIMIT = 1e-5, 5e-5  # relative to max(1, max|reference|)
+FORWARD_LIMIT = 1e-5  # of batches, relative to max(1, max|reference|), beside what float32 costs the reference
 
 
 def rows(pattern: str | None, dtype: Precision) -> Iterator[list[Row]]:
@@ -66,17 +67,25 @@ def _row(configuration: Configuration, subject: Subject, trace: Callable[..., An
     def ours(params, x):
         return subject.forward(configuration.kwargs, _under_all_names(params, names), x, **inputs)
 
-    w = draw.standard_normal(expected.shape, np.float32)
-    gradients = [
-        jax.jit(jax.grad(lambda params, x, f=f: jnp.sum(f(params, x) * w), argnums=(0, 1)))(params, x[0])
-        for f in (ours, theirs)
-    ]
+    w, scores = draw.standard_normal(expected.shape, np.float32), Scores()
+    mine, traced = (
+        {**grads[0], "x": grads[1]}
+        for grads in (
+            jax.jit(jax.grad(lambda params, x, f=f: jnp.sum(f(params, x) * w), argnums=(0, 1)))(params, x[0])
+            for f in (ours, theirs)
+        )
+    )
+    extra = {argument: torch.from_numpy(np.array(value)) for argument, value in inputs.items()}
+    y64, grads64 = in_float64(module, torch.from_numpy(x[0].copy()), extra, torch.from_numpy(w))
+    grads = {key: np.asarray(in_parts(jnp.conj(value))) for key, value in traced.items()}
+    run = Run("jit", x[0], np.asarray(expected), y64, w, grads, grads64)
+    check_forward(np.asarray(jax.jit(ours)(params, x[0]), np.float64), run, "float32", scores)
+    for key, ours_of, theirs_of in paired(mine, grads):
+        check_gradient(np.asarray(ours_of, np.float64), theirs_of, grads64.get(key), f"grad.{key}", scores)
+    own = _distance(np.asarray(expected), y64)
     batched = [jax.jit(jax.vmap(f, (None, 0)))(params, x) for f in (ours, theirs)]
-    forward = max(_distance(jax.jit(ours)(params, x[0]), expected), _distance(*batched))
-    gradient = max(jax.tree.leaves(jax.tree.map(_distance, *gradients)))
-    fine = forward <= FORWARD_LIMIT and gradient <= GRADIENT_LIMIT
-    note = "" if fine else f"forward {forward:.2g} (limit {FORWARD_LIMIT}), gradient {gradient:.2g} ({GRADIENT_LIMIT})"
-    return Row(*name, forward, None, gradient, None, "identical" if fine else "differs", note)
+    scores.add("forward", _distance(*batched), FORWARD_LIMIT + 4 * own, "vmap")
+    return scores.row(*name)
 
 
 def _tensors(module: Any) -> tuple[dict[str, jax.Array], dict[str, str]]:
@@ -95,9 +104,9 @@ def _reason(err: Exception) -> str:
     return f"{type(err).__name__}: {str(err).split('(*(')[0].splitlines()[0][:120]}"
 
 
-def _distance(ours: jax.Array, theirs: jax.Array) -> float:
-    scale = max(1.0, float(jnp.max(jnp.abs(theirs), initial=0.0)))
-    return float(jnp.max(jnp.abs(ours - theirs), initial=0.0)) / scale
+def _distance(ours: Any, theirs: Any) -> float:
+    scale = max(1.0, float(np.max(np.abs(theirs), initial=0.0)))
+    return float(np.max(np.abs(np.asarray(ours) - theirs), initial=0.0)) / scale
 
 
 def _tracer() -> Callable[..., Any]:

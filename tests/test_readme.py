@@ -30,7 +30,7 @@ def checkpoints(tmp_path, monkeypatch):
 def test_example(block):
     names: dict = {}
     exec(compile(block, "README.md", "exec"), names)
-    if "y_t" in names:
+    if {"torch", "y_t"} <= names.keys():
         names["torch"].testing.assert_close(names["y_t"], names["y"][:, -1])
 
 
