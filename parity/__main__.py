@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import sys
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Literal
@@ -15,11 +19,13 @@ try:
 except ImportError as err:
     raise ImportError("the parity report needs typer and rich: pip install 'spyx-torch[cli]'") from err
 
-from .case import GOLDEN, Case, case_class, find_cases, read_case
-from .compare import Precision, Row, check, unsupported
+from .case import GOLDEN, Case, case_class, find_cases
+from .compare import Precision, Row, check, check_folder
 from .live import ReferenceMissingError, live_cases, versions
 from .report import print_table, summary, write_json
 from .subjects import subjects_of
+
+_WORTH_PROCESSES = 8  # cases: fewer are done before other processes have started
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -33,6 +39,7 @@ def run(
     all: Annotated[bool, typer.Option("--all", help="List unsupported cases too.")] = False,
     live: Annotated[bool, typer.Option("--live", help="Compare with the installed lrnnx instead.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of the live weights and inputs.")] = 0,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes for the stored cases.")] = min(os.cpu_count() or 1, 8),
     via: Annotated[
         Literal["torch2jax"] | None, typer.Option(help="Trace the installed lrnnx itself into JAX, and compare there.")
     ] = None,
@@ -57,7 +64,7 @@ def run(
             known = [path for path in paths if subjects_of(case_class(path))]
             listed = paths if all or pattern else known
             left_out = len(paths) - len(listed)
-            rows = _with_progress(_golden_rows(listed, dtype), len(listed), console)
+            rows = _with_progress(_golden_rows(listed, dtype, jobs), len(listed), console)
             made_with = {"golden": str(golden)}
     except (ReferenceMissingError, FileNotFoundError) as err:
         raise _nothing_checked(str(err), console) from err
@@ -85,13 +92,13 @@ def all_identical(rows: Iterable[Row]) -> bool:
     return {row.verdict for row in rows} == {"identical"}
 
 
-def _golden_rows(paths: list[Path], precision: Precision) -> Iterator[list[Row]]:
-    for path in paths:
-        cls = case_class(path)
-        if not subjects_of(cls):
-            yield [unsupported(path.name, cls)]
-        else:
-            yield _check_all(read_case(path), precision)
+def _golden_rows(paths: list[Path], precision: Precision, jobs: int) -> Iterator[list[Row]]:
+    rows_of = partial(check_folder, precision=precision)
+    if jobs == 1 or len(paths) < _WORTH_PROCESSES:
+        yield from map(rows_of, paths)
+        return
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(rows_of, paths)
 
 
 def _live_rows(cases: Iterator[Case], pattern: str | None, precision: Precision) -> Iterator[list[Row]]:

@@ -19,14 +19,15 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Literal, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .case import STEP_LIMIT, Arrays, Case, Run
-from .subjects import Subject
+from .case import STEP_LIMIT, Arrays, Case, Run, case_class, read_case
+from .subjects import Subject, subjects_of
 from .subjects.language import LanguageSubject
 
 Precision = Literal["float32", "float64", "bfloat16"]
@@ -61,6 +62,16 @@ class Row:
 def unsupported(case: str, cls: str) -> Row:
     """The row of a case whose class does not exist here."""
     return Row(case, "-", None, None, None, None, "unsupported", f"no class for {cls} yet")
+
+
+def check_folder(path: Path, precision: Precision = "float32") -> list[Row]:
+    """The rows of a case folder, one for each of our answers to its class."""
+    cls = case_class(path)
+    found = subjects_of(cls)
+    if not found:
+        return [unsupported(path.name, cls)]
+    case = read_case(path)
+    return [check(case, subject, precision) for subject in found]
 
 
 def check(case: Case, subject: Subject, precision: Precision = "float32") -> Row:
