@@ -61,10 +61,10 @@ call = nnx.jit(lambda model, ids: model(ids).logits)
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_hostile_configurations_are_one_error_at_once(config_class, changes, message):
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(ValueError, match=message) as caught:
         config_class.from_dict({**SIZES, **changes})
-    assert time.perf_counter() - start < 0.5
+    assert time.process_time() - start < 0.5
     assert str(caught.value).startswith(config_class.__name__)
     assert len(str(caught.value)) < 600
 
