@@ -164,7 +164,7 @@ def amended(case: Case) -> Case:
             remarks.append("the reference's step skips its attention layer, which is not causal: no step to compare")
             run = replace(run, step=None)
         if run.step is not None and (wrong_step or _step_is_inaccurate(run)):
-            why = wrong if wrong_step else f"is off by {_largest(run.step - run.y64):.0e}"
+            why = wrong if wrong_step else f"is off by {largest(run.step - run.y64):.0e}"
             remarks.append(f"the reference's step {why}: steps compared with its float64 forward")
             run = replace(run, step=run.y64.astype(run.step.dtype))
         if "lengths" in run.inputs and run.y.ndim > 2:
@@ -178,11 +178,12 @@ _NO_LIMIT = [0.0, {"__float__": "Infinity"}]
 
 def _step_is_inaccurate(run: Run) -> bool:
     """Whether the steps are the forward pass, but further from float64 than the limit of the comparison."""
-    limit = STEP_LIMIT * max(1.0, _largest(run.y))
-    return run.step is not None and _largest(run.step - run.y) <= limit < _largest(run.step - run.y64)
+    limit = STEP_LIMIT * max(1.0, largest(run.y))
+    return run.step is not None and largest(run.step - run.y) <= limit < largest(run.step - run.y64)
 
 
-def _largest(array: np.ndarray) -> float:
+def largest(array: np.ndarray) -> float:
+    """max|array|, 0 of an empty one."""
     return float(np.max(np.abs(array), initial=0.0))
 
 

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .case import STEP_LIMIT, Arrays, Case, Run, case_class, read_case
+from .case import STEP_LIMIT, Arrays, Case, Run, case_class, largest, read_case
 from .subjects import Subject, subjects_of
 from .subjects.language import LanguageSubject
 
@@ -141,7 +141,7 @@ def _check_run(case: Case, subject: Subject, run: Run, precision: Precision, sco
             if run.step is not None:
                 steps = _to_float64(jax.jit(partial(subject.steps, case.kwargs))(params, x))
                 scores.add("step", _distance(steps, r64, r64), 1e-2, f"{run.name} step")
-            _check_tokens(case, subject, run, params, _largest(y - run.y), scores)
+            _check_tokens(case, subject, run, params, largest(y - run.y), scores)
         return
     if case.initial is not None:
         check_forward(_to_float64(forward(initial, x)), run, precision, scores)
@@ -155,7 +155,7 @@ def _check_run(case: Case, subject: Subject, run: Run, precision: Precision, sco
         for i, (ours, theirs) in enumerate(zip(states, run.hidden_states, strict=True)):
             distance = _distance(_to_float64(ours), theirs, theirs)
             scores.add("forward", distance, 1e-5, f"{run.name} hidden_states.{i}")
-    _check_tokens(case, subject, run, params, _largest(y - run.y), scores)
+    _check_tokens(case, subject, run, params, largest(y - run.y), scores)
     if run.step is not None:
         by_steps = jax.jit(lambda params, x: subject.steps(case.kwargs, params, x, **inputs))
         steps = _to_float64(by_steps(params, x))
@@ -176,14 +176,14 @@ def _check_run(case: Case, subject: Subject, run: Run, precision: Precision, sco
 
 def check_forward(y: np.ndarray, run: Run, precision: Precision, scores: Scores) -> None:
     """Score outputs against those of the run."""
-    scale = max(1.0, _largest(run.y64))
+    scale = max(1.0, largest(run.y64))
     if precision == "float64":
         scores.add("forward", _distance(y, run.y64, run.y64), 1e-10, run.name)
         return
-    own = _largest(run.y - run.y64)
+    own = largest(run.y - run.y64)
     scores.add("forward", _distance(y, run.y, run.y64), 1e-5 + 2 * own / scale, run.name)
-    size = _largest(run.y64) or 1.0
-    scores.add("relative", _largest(y - run.y64) / size / (own / size + 4 * EPS32), 2.0, run.name)
+    size = largest(run.y64) or 1.0
+    scores.add("relative", largest(y - run.y64) / size / (own / size + 4 * EPS32), 2.0, run.name)
 
 
 def _check_tokens(case: Case, subject: Subject, run: Run, params: Arrays, error: float, scores: Scores) -> None:
@@ -244,11 +244,7 @@ def _to_float64(array: jax.Array) -> np.ndarray:
     return np.asarray(array).astype(np.float64)
 
 
-def _largest(array: np.ndarray) -> float:
-    return float(np.max(np.abs(array), initial=0.0))
-
-
 def _distance(ours: np.ndarray, theirs: np.ndarray, scale_of: np.ndarray) -> float:
     if ours.shape != theirs.shape:
         raise ValueError(f"expected shape {theirs.shape}, got {ours.shape}")
-    return _largest(ours - theirs) / max(1.0, _largest(scale_of))
+    return largest(ours - theirs) / max(1.0, largest(scale_of))

@@ -151,7 +151,7 @@ class LRNNModel(LRNN):
         )  # fmt: skip
         self.norm_f = _norm(rms_norm)(d_model, eps=norm_epsilon, param_dtype=self.param_dtype)
         settings = {"n_residuals_per_layer": 2 if d_intermediate else 1, **(initializer_cfg or {})}
-        _init_weights(self, n_layer, rngs=rngs, **settings)
+        init_weights(self, n_layer, rngs=rngs, **settings)
 
     @property
     def _varying(self) -> bool:
@@ -229,7 +229,7 @@ def _norm(rms: bool) -> Callable[..., nnx.LayerNorm | nnx.RMSNorm]:
     return rms_norm if rms else layer_norm
 
 
-def _init_weights(
+def init_weights(
     model: nnx.Module,
     n_layer: int,
     initializer_range: float = 0.02,

@@ -19,7 +19,7 @@ from ..layers.block import rms_norm
 from ..models.ltv.base import LTV_LRNN
 from ..models.ltv.mamba import MambaMixer
 from ..random import default_rngs
-from .backbone import _init_weights
+from .backbone import init_weights
 from .causal_lm import Caches, CausalLM
 from .config import CausalLMConfig, choice, flag, integer, is_integer, number, setting
 
@@ -156,7 +156,7 @@ class RecurrentBackbone(nnx.Module):
         setattr(self, embedding_name, nnx.Embed(config.padded_vocab_size, width, param_dtype=param_dtype, rngs=rngs))
         self.layers = nnx.List(RecurrentBlock(norm(width), mixer(width), config.residual_in_fp32) for _ in range(depth))
         self.norm_f = norm(width)
-        _init_weights(self, depth, config.initializer_range, config.rescale_prenorm_residual, rngs=rngs)
+        init_weights(self, depth, config.initializer_range, config.rescale_prenorm_residual, rngs=rngs)
 
     @property
     def embed(self) -> nnx.Embed:

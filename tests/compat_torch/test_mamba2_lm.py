@@ -8,7 +8,14 @@ import torch
 from flax import nnx
 from oracles.selective import silu
 from oracles.ssd import ssd as by_definition
-from oracles.transformers_models import config_of, gradients_of, outputs_of, reference, weights_of
+from oracles.transformers_models import (
+    close,
+    gradients_of,
+    outputs_of,
+    reference,
+    state_spaces_name,
+    twin,
+)
 
 from compat_torch.architectures.mamba2_lm import Mamba2Config, Mamba2LMHeadModel
 from compat_torch.models.ltv.mamba2 import Mamba2
@@ -24,20 +31,11 @@ run = nnx.jit(lambda model, ids: model(ids, output_hidden_states=True))
 
 
 def ours(theirs):
-    model = nnx.eval_shape(lambda: Mamba2LMHeadModel(Mamba2Config.from_dict(config_of(theirs))))
-    model.load_state_dict(weights_of(theirs, lambda name: name.replace("embeddings", "embedding")))
-    model.eval()
-    return model
+    return twin(theirs, Mamba2LMHeadModel, state_spaces_name)
 
 
 def tokens(*shape, seed=0):
     return np.random.default_rng(seed).integers(0, SIZES["vocab_size"], shape)
-
-
-def close(actual, expected, tolerance=1e-5):
-    expected = np.asarray(expected)
-    scale = max(1.0, np.abs(expected).max(initial=0))
-    np.testing.assert_allclose(np.asarray(actual, expected.dtype), expected, atol=tolerance * scale, rtol=0)
 
 
 @pytest.fixture(scope="module")

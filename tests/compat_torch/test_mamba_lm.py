@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
-from oracles.transformers_models import config_of, gradients_of, outputs_of, reference, weights_of
+from oracles.transformers_models import (
+    close,
+    gradients_of,
+    outputs_of,
+    reference,
+    state_spaces_name,
+    twin,
+)
 from safetensors.numpy import load_file
 
 from compat_torch.architectures.mamba_lm import FalconMamba, FalconMambaConfig, MambaConfig, MambaLMHeadModel
@@ -25,23 +32,14 @@ FALCON_TOO = [pytest.param("Mamba"), pytest.param("FalconMamba", marks=pytest.ma
 run = nnx.jit(lambda model, ids: model(ids, output_hidden_states=True))
 
 
-def ours(theirs, **kwargs):
+def ours(theirs, **options):
     cls = OURS[type(theirs).__name__.removesuffix("ForCausalLM")]
-    model = nnx.eval_shape(lambda: cls(cls.config_class.from_dict(config_of(theirs)), **kwargs))
-    mine = cls is FalconMamba
-    model.load_state_dict(weights_of(theirs, lambda name: name if mine else name.replace("embeddings", "embedding")))
-    model.eval()
-    return model
+    rename = {} if cls is FalconMamba else {"rename": state_spaces_name}
+    return twin(theirs, cls, **rename, **options)
 
 
 def tokens(*shape, seed=0):
     return np.random.default_rng(seed).integers(0, SIZES["vocab_size"], shape)
-
-
-def close(actual, expected, tolerance=1e-5):
-    expected = np.asarray(expected)
-    scale = max(1.0, np.abs(expected).max(initial=0))
-    np.testing.assert_allclose(np.asarray(actual, expected.dtype), expected, atol=tolerance * scale, rtol=0)
 
 
 @pytest.fixture(scope="module", params=FALCON_TOO)

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import torch
 import transformers
+from flax import nnx
 
 
 def reference(architecture, seed=0, **config):
@@ -41,3 +42,23 @@ def gradients_of(model, ids, w):
     model.zero_grad()
     (model(torch.tensor(np.asarray(ids)), use_cache=False).logits * torch.tensor(np.asarray(w))).sum().backward()
     return {name: p.grad.numpy() for name, p in model.named_parameters()}
+
+
+def twin(theirs, cls, rename=lambda name: name, **options):
+    """Our model of that class with the weights of transformers' model, in eval mode."""
+    model = nnx.eval_shape(lambda: cls(cls.config_class.from_dict(config_of(theirs)), **options))
+    model.load_state_dict(weights_of(theirs, rename))
+    model.eval()
+    return model
+
+
+def state_spaces_name(name):
+    """The name of a tensor in state-spaces/mamba."""
+    return name.replace("embeddings", "embedding")
+
+
+def close(actual, expected, tolerance=1e-5):
+    """Assert max|actual - expected| <= tolerance max(1, max|expected|)."""
+    expected = np.asarray(expected)
+    scale = max(1.0, np.abs(expected).max(initial=0))
+    np.testing.assert_allclose(np.asarray(actual, expected.dtype), expected, atol=tolerance * scale, rtol=0)

@@ -102,7 +102,8 @@ def test_arguments_are_read_off_the_module(name):
     module = from_torch(live.eval())
     run = case.runs[0]
     y = module(jnp.asarray(run.x), **{key: jnp.asarray(value) for key, value in run.inputs.items()})
-    np.testing.assert_allclose(y, run.y, atol=1e-4 * np.abs(run.y).max(), rtol=1e-3)
+    limit = 1e-5 * max(1, np.abs(run.y64).max()) + 2 * np.abs(run.y - run.y64).max()
+    np.testing.assert_allclose(y, run.y, rtol=0, atol=limit)
 
 
 def test_what_cannot_be_told_is_asked_for():

@@ -73,7 +73,7 @@ def test_autocast(model, batch):
     loss.backward()
     for name, found in gradients(model).items():
         assert found.dtype == torch.float32
-        torch.testing.assert_close(found, expected[name], atol=3e-2, rtol=1e-1)
+        torch.testing.assert_close(found, expected[name], atol=2e-2, rtol=0)
 
 
 def test_gradient_accumulation_and_clipping(model, batch):
@@ -87,7 +87,7 @@ def test_gradient_accumulation_and_clipping(model, batch):
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
     assert norm > 1e-3
     total = torch.stack([g.square().sum() for g in gradients(model).values()]).sum().sqrt()
-    torch.testing.assert_close(total, torch.tensor(1e-3), rtol=1e-3, atol=0)
+    torch.testing.assert_close(total, 1e-3 * norm / (norm + 1e-6), rtol=1e-5, atol=0)  # torch adds 1e-6 to the norm
 
 
 def test_checkpoint_recomputes_instead_of_keeping(model, batch):
