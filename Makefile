@@ -18,16 +18,17 @@ export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.2
 
 .DELETE_ON_ERROR:
-.PHONY: help parity test test-full live trace bench bench-layers bench-train bench-models check lint types imports format clean
+.PHONY: help parity test test-full live trace bench bench-layers bench-torch bench-train bench-models check lint types imports format clean
 
 help:
 	@echo "make parity     compare with the stored references; ARGS='-k zoh --json report.json'"
 	@echo "make test       the tests, in $(TEST); neither GPU nor TPU is needed"
 	@echo "make test-full  the tests with their wide matrices"
-	@echo "make live       compare with an installed lrnnx and spyx 1.0.0, in an environment of their own, $(LIVE)"
+	@echo "make live       compare with installed lrnnx, mamba_ssm, s5-pytorch and spyx 1.0.0, in an environment of their own, $(LIVE)"
 	@echo "make trace      trace the installed lrnnx into JAX with torch2jax, and compare there"
 	@echo "make bench      time and memory next to spyx 1.0.0, lrnnx, transformers, mambapy; ARGS='--families lti'"
 	@echo "make bench-layers  the classes of compat_torch next to lrnnx's; ARGS='--classes Mamba'"
+	@echo "make bench-torch   the classes of compat_torch.nn next to lrnnx's, and what the bridge costs"
 	@echo "make bench-train   one training step of each layer next to spyx 1.0.0"
 	@echo "make bench-models  checkpoints and generation next to transformers, and a fine-tuning run"
 	@echo "make check      lint, types and import rules"
@@ -45,6 +46,10 @@ test-full: $(TEST)/.test
 live: $(LIVE)/.live
 	$(LIVE)/bin/python -m parity --live $(ARGS)
 	$(LIVE)/bin/python -m parity.live_upstream --upstream $(LIVE)/upstream
+	$(LIVE)/bin/python -m parity.live_from_torch
+	$(LIVE)/bin/python -m parity.live_training
+	$(LIVE)/bin/python -m parity.live_signatures
+	$(LIVE)/bin/python -m parity.amend
 
 trace: $(LIVE)/.live
 	@$(LIVE)/bin/python $(PIP_INSTALL) --no-deps torch2jax
@@ -55,6 +60,9 @@ bench: $(BENCH)/.bench
 
 bench-layers: $(BENCH)/.bench
 	$(BENCH)/bin/python benchmarks/layers.py $(ARGS)
+
+bench-torch: $(BENCH)/.bench
+	$(BENCH)/bin/python benchmarks/torch_backend.py $(ARGS)
 
 bench-train: $(BENCH)/.bench
 	$(BENCH)/bin/python benchmarks/train_step.py --upstream $(BENCH)/upstream $(ARGS)
@@ -104,8 +112,14 @@ $(TEST)/.dev: $(TEST)/.test
 # lrnnx's build needs torch present, and its metadata asks for CUDA packages: hence no isolation and no dependencies.
 TRITON = $(if $(filter Linux,$(shell uname -s)),triton)
 define install_lrnnx
-	@$(1) $(PIP_INSTALL) setuptools wheel -e '.[cli,torch]' opt_einsum $(TRITON)
+	@$(1) $(PIP_INSTALL) setuptools wheel -e '.[cli,cpu,torch]' opt_einsum $(TRITON)
 	@$(1) $(PIP_INSTALL) --no-build-isolation --no-deps lrnnx==1.0.0.post1
+endef
+
+# Their Python parts alone: a CPU runs no kernel of theirs, and the metadata asks for CUDA packages.
+define install_originals
+	@$(1) $(PIP_INSTALL) transformers
+	@MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE $(1) $(PIP_INSTALL) --no-build-isolation --no-deps mamba-ssm s5-pytorch
 endef
 
 # Upstream spyx has the same import name: a folder of its own, never in an environment.
@@ -115,6 +129,7 @@ endef
 
 $(LIVE)/.live: $(LIVE)/bin/python $(INPUTS)
 	$(call install_lrnnx,$(LIVE)/bin/python)
+	$(call install_originals,$(LIVE)/bin/python)
 	$(call install_upstream,$(LIVE))
 	@touch $@
 

@@ -1,17 +1,22 @@
 """How fast, and in how much memory, is a checkpoint loaded and converted? `python benchmarks/checkpoint.py`
 
 A checkpoint of mamba-370m's shape with random float32 weights (1.5 GB) is written into a temporary folder. Each round
-measures, one after the other and each in a process of its own: `cp` of the weights (page cache warm, no fsync);
-`from_pretrained` until every parameter is there; `convert` with hashes, and until it is on disk; transformers'
-`from_pretrained`, which maps the file, and then reads every parameter; safetensors' `load_file`, a mere copy in memory.
-Reported are medians: seconds, CPU seconds of all threads, speed relative to `cp`, and peak memory next to the model's
-bytes.
+measures, one after the other and each in a process of its own: `from_pretrained` until every parameter is there;
+`convert` with hashes, and until it is on disk; transformers' `from_pretrained`, which maps the file, and then reads
+every parameter; safetensors' `load_file`, a mere copy in memory. Before each of them come `cp` of the weights, the page
+cache warm, and an fsync of the copy.
+
+Reported are medians: seconds, CPU seconds of all threads, and speed relative to the copy beside it, like for like: `cp`
+against a load and against a conversion less its fsync, `cp` and fsync against a whole conversion. Peak memory stands
+next to what is allowed.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
+import operator
 import os
 import shutil
 import statistics
@@ -168,15 +173,18 @@ def measure(job: str, folder: Path) -> dict[str, Any]:
     return json.loads(subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
-def copy(folder: Path) -> float:
-    """Seconds of `cp` of the weights, the page cache warm."""
+def copy(folder: Path) -> dict[str, float]:
+    """Seconds of `cp` of the weights, the page cache warm, and of `cp` and an fsync."""
     weights, target = folder / "model.safetensors", folder.parent / "copy"
     subprocess.run(["cat", str(weights)], check=True, stdout=subprocess.DEVNULL)
     start = time.perf_counter()
     subprocess.run(["cp", str(weights), str(target)], check=True)
-    seconds = time.perf_counter() - start
+    copied = time.perf_counter() - start
+    with open(target, "rb") as file:
+        os.fsync(file.fileno())
+    synced = time.perf_counter() - start
     target.unlink()
-    return seconds
+    return {"cp_s": copied, "cp_sync_s": synced}
 
 
 def main() -> None:
@@ -214,22 +222,31 @@ def table(folder: Path, jobs: list[str], rounds: int) -> list[dict[str, Any]]:
     nbytes = (folder / "model.safetensors").stat().st_size
     if shutil.disk_usage(folder).free < 4 * nbytes:
         raise SystemExit(f"not enough disk space for copies of {nbytes / 1e9:.1f} GB in {folder.parent}")
-    copies, runs = [], {job: [] for job in jobs}
+    runs: dict[str, list[dict[str, Any]]] = {job: [] for job in jobs}
     for _ in range(rounds):
         for job in jobs:
-            copies.append(copy(folder))
-            runs[job].append({**measure(job, folder), "cp_s": copies[-1]})
+            runs[job].append({"fsync_s": 0.0, **copy(folder), **measure(job, folder)})
     limit = 1.25 * nbytes + SPARE_BYTES
-    print(f"{nbytes / 1e9:.2f} GB, cp {statistics.median(copies):.2f} s; peak memory allowed {limit / 1e9:.2f} GB")
-    print(f"{'':20}{'s':>8}{'cpu s':>8}{'fsync s':>9}{'cp / s':>8}{'without fsync':>15}{'peak GB':>9}")
+    load = "/".join(f"{value:.1f}" for value in os.getloadavg())
+    print(f"{nbytes / 1e9:.2f} GB, {os.cpu_count()} CPUs, load {load}; peak memory allowed {limit / 1e9:.2f} GB")
+    print(
+        f"{'':20}{'s':>8}{'cpu s':>8}{'fsync s':>9}{'cp s':>8}{'cp, fsync s':>13}"
+        f"{'cp / (s - fsync)':>18}{'cp, fsync / s':>15}{'peak GB':>9}"
+    )
     rows = []
     for job, results in runs.items():
-        seconds, cpu, fsync, cp, peak = (
-            statistics.median(result.get(name, 0.0) for result in results)
-            for name in ("seconds", "cpu_s", "fsync_s", "cp_s", "peak_bytes")
+        seconds, cpu, fsync, cp, synced, peak, bare, whole = (
+            statistics.median(map(of, results))
+            for of in (
+                *map(operator.itemgetter, ("seconds", "cpu_s", "fsync_s", "cp_s", "cp_sync_s", "peak_bytes")),
+                lambda run: run["cp_s"] / (run["seconds"] - run["fsync_s"]),
+                lambda run: run["cp_sync_s"] / run["seconds"],
+            )
         )
-        speeds = f"{cp / seconds:8.2f}{cp / (seconds - fsync):15.2f}"
-        print(f"{job:20}{seconds:8.2f}{cpu:8.2f}{fsync:9.2f}{speeds}{peak / 1e9:9.2f}")
+        print(
+            f"{job:20}{seconds:8.2f}{cpu:8.2f}{fsync:9.2f}{cp:8.2f}{synced:13.2f}"
+            f"{bare:18.2f}{whole if fsync else math.nan:15.2f}{peak / 1e9:9.2f}"
+        )
         rows.append({"job": job, "bytes": nbytes, "runs": results})
     return rows
 

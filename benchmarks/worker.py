@@ -23,8 +23,9 @@ def main() -> None:
     os.dup2(2, 1)
     from contestants import CONTESTANTS
     from layer_contestants import LAYER_CONTESTANTS
+    from torch_contestants import TORCH_CONTESTANTS
 
-    families = {**CONTESTANTS, **LAYER_CONTESTANTS}
+    families = {**CONTESTANTS, **LAYER_CONTESTANTS, **TORCH_CONTESTANTS}
     prepared, before = None, 0
     for line in sys.stdin:
         command = json.loads(line)

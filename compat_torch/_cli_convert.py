@@ -37,6 +37,7 @@ def convert(
         str, typer.Argument(help="Folder to write; for a single layer also a .safetensors, .bin or .pt file.")
     ],
     to: Annotated[Family, typer.Option(help="Format to write.")],
+    format: Annotated[str | None, typer.Option(help="Of the source, where it cannot be told.")] = None,
     dtype: Annotated[Dtype | None, typer.Option(help="Of the parameters; kept by default.")] = None,
     verify: Annotated[
         bool, typer.Option("--verify", help="Read back bit for bit; compare outputs with the source in float64.")
@@ -61,6 +62,7 @@ def convert(
             path,
             out,
             to=to.value,
+            format=format,
             dtype=None if dtype is None else _dtype(dtype),
             revision=revision,
             verify=verify,

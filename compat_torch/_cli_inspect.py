@@ -61,11 +61,12 @@ class Report:
         return json.dumps({**vars(self), "tensors": rows, "totals": self.totals}, indent=2, default=str)
 
 
-def examine(path: Path) -> Report:
+def examine(path: Path, format: str | None = None) -> Report:
     """Read a checkpoint's names, shapes and values, and detect its format.
 
     Args:
         path: a file or a folder.
+        format: where it cannot be told.
 
     Raises:
         FileNotFoundError, CheckpointError: it cannot be read. A format that is not known is a `problem` of the report.
@@ -86,7 +87,7 @@ def examine(path: Path) -> Report:
         release(value)
     common: dict[str, Any] = {"tensors": rows, "replaced": replaced, "custom_code": custom_code}
     try:
-        found = detect(path)
+        found = detect(path, format=format)
     except CheckpointError as err:
         return Report(str(path), None, None, (), one_line(err), config, {}, **common)
     asks = {name: list(values) for name, values in found.asks.items()}
@@ -98,12 +99,13 @@ def inspect(
     path: Annotated[str, typer.Argument(help="Checkpoint file, folder, or repository owner/name on the hub.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a repository.")] = None,
+    format: Annotated[str | None, typer.Option(help="One of the known formats, where it cannot be told.")] = None,
 ) -> None:
     """Format, configuration and tensors of a checkpoint; nothing in it is executed. Exit status 1 on errors."""
     from .checkpoint.hub import locate
 
     with reporting():
-        report = examine(locate(path, revision))
+        report = examine(locate(path, revision), format)
         if as_json:
             typer.echo(report.to_json())
         else:

@@ -2,31 +2,50 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import mmap
 import os
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from typing import Any
 
 import jax
 import numpy as np
 from jax.typing import DTypeLike
 
+PIECE = 1 << 18
+"""Bytes of one write to a file: larger ones make Linux look for larger pieces of memory, often memory not used yet."""
+
 _ALIGNMENT = 64
 _TILE_LONG, _TILE_SHORT = 256, 64
 _THREADED_BYTES = 4 << 20
 _MAPPED_BYTES = 1 << 20
+_AS_VIEWS: ContextVar[bool] = ContextVar("_AS_VIEWS", default=False)
 
 
-def to_device(array: np.ndarray, dtype: DTypeLike | None = None) -> jax.Array:
-    """A copy of `array` on JAX's default device, whatever its strides.
+@contextlib.contextmanager
+def as_views() -> Iterator[None]:
+    """Inside, `to_device` copies nothing: a module that is loaded to be written again holds views of its file."""
+    token = _AS_VIEWS.set(True)
+    try:
+        yield
+    finally:
+        _AS_VIEWS.reset(token)
+
+
+def to_device(array: np.ndarray, dtype: DTypeLike | None = None) -> jax.Array | np.ndarray:
+    """A copy of `array` on JAX's default device, whatever its strides; inside `as_views` the array itself.
 
     One copy in host memory is made, laid out as JAX takes it over without another on the CPU.
 
     Args:
-        array: any shape and strides; it may be changed afterwards.
+        array: any shape and strides; except inside `as_views` it may be changed afterwards.
         dtype: of the result; None keeps it.
     """
+    if _AS_VIEWS.get():
+        return array.astype(dtype or array.dtype, copy=False)
     result = _aligned(array.shape, np.dtype(dtype or array.dtype))
     copy_into(result, array)
     result.flags.writeable = False
@@ -93,16 +112,19 @@ def count_nonfinite(array: Any) -> int:
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Memory that JAX takes over on the CPU as it is.
-
-    Large arrays are not NumPy's own: it asks for huge pages, and getting them costs more than writing once can gain.
-    """
+    """Memory that JAX takes over on the CPU as it is; large arrays are mappings of their own, without huge pages."""
     nbytes = math.prod(shape) * dtype.itemsize
     if nbytes >= _MAPPED_BYTES:
-        return np.frombuffer(mmap.mmap(-1, nbytes), dtype).reshape(shape)
+        return np.frombuffer(_mapped(nbytes), dtype).reshape(shape)
     raw = np.empty(nbytes + _ALIGNMENT, np.uint8)
     start = -raw.__array_interface__["data"][0] % _ALIGNMENT
     return raw[start : start + nbytes].view(dtype).reshape(shape)
+
+
+def _mapped(nbytes: int) -> mmap.mmap:
+    if hasattr(mmap, "MAP_PRIVATE"):
+        return mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return mmap.mmap(-1, nbytes)
 
 
 def _copy_plain(target: np.ndarray, source: np.ndarray) -> None:

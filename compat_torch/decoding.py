@@ -54,5 +54,6 @@ def _decode(graphdef, variables, x, cache, timesteps):
         y, after = nnx.merge(graphdef, variables)._advance(inputs[0], cache, inputs[1])
         return jax.tree.map(lambda new, old: new.astype(old.dtype), after, cache), y
 
-    cache, y = jax.lax.scan(body, jax.tree.map(jnp.asarray, cache), (x, timesteps))
-    return y, cache
+    model = nnx.merge(graphdef, variables)
+    cache, y = jax.lax.scan(body, model._compact(jax.tree.map(jnp.asarray, cache)), (x, timesteps))
+    return y, model._restored(cache)

@@ -11,7 +11,8 @@ from importlib import metadata
 
 PACKAGES = ("spyx-torch", "jax", "jaxlib", "flax", "numpy", "safetensors", "einops", "jaxtyping")
 OPTIONAL = (
-    "torch", "typer", "rich", "huggingface-hub", "qwix", "optax", "orbax-checkpoint", "libtpu", "jax-cuda13-plugin",
+    "torch", "typer", "rich", "huggingface-hub", "numba", "qwix", "optax", "orbax-checkpoint", "libtpu",
+    "jax-cuda13-plugin",
 )  # fmt: skip
 MINIMUM_JAX = (0, 10)
 

@@ -12,11 +12,10 @@ from typing import IO, Any
 
 import numpy as np
 
-from .arrays import contiguous
+from .arrays import PIECE, contiguous, release
 from .checkpoint.tensors import STORAGES
 
 _ALIGNMENT = 64
-_CHUNK = 16 << 20
 _CLASSES = {np.dtype(kind): name for name, kind in STORAGES.items() if name != "UntypedStorage"}
 
 
@@ -72,7 +71,8 @@ def write_torch(
         _write(archive, "byteorder", [b"little"])
         for number, array in enumerate(arrays):
             data = contiguous(array).reshape(-1).view(np.uint8)
-            _write(archive, f"data/{number}", [data[i : i + _CHUNK].data for i in range(0, len(data), _CHUNK)])
+            _write(archive, f"data/{number}", [data[i : i + PIECE].data for i in range(0, len(data), PIECE)])
+            release(array)
             written += len(data)
             if progress is not None:
                 progress(written, total)

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-import contextlib
-import copy
-import importlib
-import sys
-import types
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib import metadata
 from typing import Any
 
 import numpy as np
 
-from .case import Case, Run, amended
+from .case import Case, amended
+from .live_models import model_cases
+from .live_run import INSTALL, ReferenceMissingError, import_class, in_float64, output_of, record, versions
 
-LRNNX = "lrnnx==1.0.0.post1"
-INSTALL = f"""pip install torch
-pip install --no-build-isolation --no-deps {LRNNX}
-pip install einops opt-einsum triton"""
+__all__ = [
+    "INSTALL",
+    "Configuration",
+    "ReferenceMissingError",
+    "configurations",
+    "import_class",
+    "in_float64",
+    "live_cases",
+    "output_of",
+    "versions",
+]
 
 _DISCRETIZATIONS = ("zoh", "bilinear", "dirac")
-_SCANS = ("selective_scan", "simplified_scan", "rglru_scan", "s7_scan")
 _S4 = {
     "default": {},
     "nontransposed": {"transposed": False},
@@ -43,10 +45,6 @@ _S4_DPLR = {
     "rank3": {"rank": 3, "init": "dplr-inv", "l_max": 64, "transposed": False},
 }
 _SHAPES = ((1, 1, 1, 1), (2, 17, 4, 8), (3, 31, 5, 3), (2, 23, 2, 16), (1, 200, 7, 6))
-
-
-class ReferenceMissingError(ImportError):
-    """The reference library is not installed; the message says how to install it."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +80,7 @@ class Configuration:
 
 
 def configurations() -> list[Configuration]:
-    """Every live case."""
+    """Every live case of one layer."""
     found: list[Configuration] = []
     for B, L, H, N in _SHAPES:
         sizes, shape = {"d_model": H, "d_state": N}, (B, L, H)
@@ -143,7 +141,7 @@ def _centaurus() -> list[Configuration]:
 
 
 def live_cases(seed: int) -> Iterator[Case]:
-    """Run the installed reference on every configuration.
+    """Run the installed reference on every configuration, and on every whole model.
 
     Args:
         seed: of weights and inputs.
@@ -153,23 +151,7 @@ def live_cases(seed: int) -> Iterator[Case]:
     """
     for index, configuration in enumerate(configurations()):
         yield _make_case(import_class(configuration.cls), configuration, seed + index)
-
-
-def import_class(cls: str) -> Any:
-    module, name = cls.split(":")
-    for extension in ("selective_scan_cuda", "simplified_scan_cuda"):
-        sys.modules.setdefault(extension, types.ModuleType(extension))
-    try:
-        found = importlib.import_module(module)
-        for scan in _SCANS:
-            if hasattr(found, f"{scan}_fn"):
-                on_cpu = getattr(importlib.import_module(f"lrnnx.ops.{scan}"), f"{scan}_ref")
-                vars(found).update({f"{scan}_fn": on_cpu, "selective_state_update": None})
-        return getattr(found, name)
-    except ImportError as err:
-        raise ReferenceMissingError(
-            f"the reference cannot be imported ({err}); in an environment of its own, install it with\n{INSTALL}"
-        ) from err
+    yield from model_cases(seed)
 
 
 def _make_case(reference: Any, configuration: Configuration, seed: int) -> Case:
@@ -182,61 +164,17 @@ def _make_case(reference: Any, configuration: Configuration, seed: int) -> Case:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1 + 0.05 * torch.randn_like(parameter))
-    initial, model64 = _weights(model), copy.deepcopy(model)
     transposed = getattr(model, "transposed", False)
     x = torch.randn(shape).transpose(1, 2) if transposed else torch.randn(shape)
     extra = {"integration_timesteps": 0.1 + 2 * torch.rand(shape[:2])} if configuration.event else {}
 
-    inputs = x.clone().requires_grad_()
-    y = output_of(model(inputs, **extra))
-    w = torch.randn(y.shape)
-    grads = _gradients(model, inputs, y, w)
-    weights = _weights(model)
-    steps = None
-    with torch.no_grad():
-        if not kwargs.get("is_real"):
-            steps = _steps(model, x.transpose(1, 2) if transposed else x, extra)
-    y64, grads64 = in_float64(model64, x, extra, w)
-    run = Run(
-        name=f"L={shape[1]}", x=x.numpy(), y=y.detach().numpy(), y64=y64, w=w.numpy(), grads=grads,
-        grads64=grads64, step=np.moveaxis(steps, 1, 2) if transposed and steps is not None else steps,
-        inputs={name: value.numpy() for name, value in extra.items()},
-    )  # fmt: skip
-    changed = any(not np.array_equal(initial[name], weights[name]) for name in weights)
-    before = initial if changed else None
-    return amended(Case(configuration.name, configuration.cls, kwargs, weights, (run,), before))
+    def steps(model: Any) -> np.ndarray:
+        found = _steps(model, x.transpose(1, 2) if transposed else x, extra)
+        return np.moveaxis(found, 1, 2) if transposed else found
 
-
-def in_float64(model: Any, x: Any, extra: dict[str, Any], w: Any) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Outputs of the reference in float64, and the gradients of sum(y * w) by name; `model` is changed to float64."""
-    import torch
-
-    with _everything_in_64_bits():
-        inputs = x.double().requires_grad_()
-        for parameter in model.double().parameters():
-            if parameter.is_complex():
-                parameter.data = parameter.data.to(torch.complex128)
-        y = output_of(model(inputs, **{name: value.double() for name, value in extra.items()}))
-        return y.detach().numpy(), _gradients(model, inputs, y, w.double())
-
-
-def _weights(model: Any) -> dict[str, np.ndarray]:
-    return {name: value.numpy().copy() for name, value in model.state_dict().items()}
-
-
-def output_of(result: Any) -> Any:
-    """The outputs, without the state that S4 returns beside them."""
-    return result[0] if isinstance(result, tuple) else result
-
-
-def _gradients(model: Any, x: Any, y: Any, w: Any) -> dict[str, np.ndarray]:
-    """Of sum(y * w), by parameter name, and of the input under "x"; a complex one as (re, im) on a trailing axis."""
-    import torch
-
-    (y * w).sum().backward()
-    named = {**dict(model.named_parameters()), "x": x}
-    grads = {name: value.grad.resolve_conj() for name, value in named.items() if value.grad is not None}
-    return {name: (torch.view_as_real(g) if g.is_complex() else g).numpy() for name, g in grads.items()}
+    case = Case(configuration.name, configuration.cls, kwargs, {}, ())
+    has_steps = not kwargs.get("is_real")
+    return amended(record(case, model, x, extra, steps if has_steps else None, time_axis=2 if transposed else 1))
 
 
 def _steps(model: Any, x: Any, extra: dict[str, Any]) -> np.ndarray:
@@ -251,33 +189,3 @@ def _steps(model: Any, x: Any, extra: dict[str, Any]) -> np.ndarray:
         y_t, cache = model.step(x[:, now], cache, **{name: value[:, now] for name, value in extra.items()})
         steps.append(y_t.reshape(x.shape[0], -1).clone())
     return torch.stack(steps, 1).numpy()
-
-
-@contextlib.contextmanager
-def _everything_in_64_bits() -> Iterator[None]:
-    """While it runs, the 32-bit dtypes and casts that the reference names are their 64-bit versions."""
-    import torch
-
-    wide: list[tuple[Any, str, Any]] = [
-        (torch, "float32", torch.float64),
-        (torch, "float", torch.float64),
-        (torch, "complex64", torch.complex128),
-        (torch.Tensor, "float", torch.Tensor.double),
-        (torch.Tensor, "cfloat", lambda tensor: tensor.to(torch.complex128)),
-    ]
-    saved = [(owner, name, getattr(owner, name)) for owner, name, _ in wide]
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    for owner, name, value in wide:
-        setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        for owner, name, value in saved:
-            setattr(owner, name, value)
-        torch.set_default_dtype(default)
-
-
-def versions() -> dict[str, str]:
-    """Versions of the reference and its torch, for the report."""
-    return {name: metadata.version(name) for name in ("lrnnx", "torch")}

@@ -2,14 +2,18 @@
 
 Needs lrnnx and torch2jax (`pip install --no-deps torch2jax==0.1.0`), which runs a torch module on JAX values. What it
 lacks of the operations that the reference uses is added here; a configuration that cannot be traced has a row that says
-which operation stopped it.
+which operation stopped it. The reference's models with input-dependent dynamics loop over time in Python, so that their
+traces grow with the sequence, and XLA's time with the square of it: they get the first steps of the sequence only.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib
+import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -22,7 +26,10 @@ from .live import Configuration, ReferenceMissingError, configurations, import_c
 from .subjects import Subject, subjects_of
 
 TORCH2JAX = "torch2jax==0.1.0"
+LOOPED_STEPS = 12  # of a sequence, for a reference that loops over time
 FORWARD_LIMIT = 1e-5  # of batches, relative to max(1, max|reference|), beside what float32 costs the reference
+_LOOPED = "lrnnx.models.ltv."
+_QUICK_TO_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 def rows(pattern: str | None, dtype: Precision) -> Iterator[list[Row]]:
@@ -39,61 +46,113 @@ def rows(pattern: str | None, dtype: Precision) -> Iterator[list[Row]]:
     trace = _tracer()
     for index, configuration in enumerate(configurations()):
         if pattern is None or pattern in configuration.name:
-            yield [_row(configuration, subject, trace, index) for subject in subjects_of(configuration.cls)]
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Explicitly requested dtype int64")
+                found = [_row(configuration, subject, trace, index) for subject in subjects_of(configuration.cls)]
+            yield found
 
 
 def _row(configuration: Configuration, subject: Subject, trace: Callable[..., Any], seed: int) -> Row:
+    name = (configuration.name, f"torch2jax / {subject.name}")
+    configuration, remark, options = _shortened(configuration)
+    module, x, inputs, draw = _prepared(configuration, seed)
+    params, fixed, names = _tensors(module)
+    theirs = functools.partial(trace(module, tuple(inputs), fixed, names), *inputs.values())
+    try:
+        w = draw.standard_normal(jax.eval_shape(theirs, params, x[0]).shape, np.float32)
+    except Exception as err:
+        return Row(*name, None, None, None, None, "unsupported", f"not traced: {_reason(err)}")
+
+    def ours(params, x):
+        return subject.forward(configuration.kwargs, _under_all_names({**params, **fixed}, names), x, **inputs)
+
+    scores = Scores()
+    try:
+        _compare(ours, theirs, module, params, x, inputs, w, options, scores)
+    except Exception as err:
+        scores.notes.append(_reason(err))
+    return scores.row(*name, remark)
+
+
+def _compare(
+    ours: Callable[..., Any],
+    theirs: Callable[..., Any],
+    module: Any,
+    params: dict[str, jax.Array],
+    x: np.ndarray,
+    inputs: dict[str, jax.Array],
+    w: np.ndarray,
+    options: dict[str, Any],
+    scores: Scores,
+) -> None:
+    """Score outputs and gradients of sum(y * w) at the first of the two inputs in `x`, and outputs of both by vmap."""
+    import torch
+
+    def run(function, *args):
+        return jax.jit(function, compiler_options=options)(*args)
+
+    def with_gradients(function):
+        def loss(params, x):
+            y = function(params, x)
+            return jnp.sum(y * w), y
+
+        (_, y), (of_params, of_x) = run(jax.value_and_grad(loss, (0, 1), has_aux=True), params, x[0])
+        return np.asarray(y), {**of_params, "x": of_x}
+
+    (y, mine), (expected, traced) = map(with_gradients, (ours, theirs))
+    extra = {argument: torch.from_numpy(np.array(value)) for argument, value in inputs.items()}
+    y64, grads64 = in_float64(module, torch.from_numpy(x[0].copy()), extra, torch.from_numpy(w))
+    grads = {key: np.asarray(in_parts(jnp.conj(value))) for key, value in traced.items()}
+    check_forward(y.astype(np.float64), Run("jit", x[0], expected, y64, w), "float32", scores)
+    for key, ours_of, theirs_of in paired(mine, grads):
+        check_gradient(np.asarray(ours_of, np.float64), theirs_of, grads64.get(key), f"grad.{key}", scores)
+    batched = [run(jax.vmap(function, (None, 0)), params, x) for function in (ours, theirs)]
+    scores.add("forward", _distance(*batched), FORWARD_LIMIT + 4 * _distance(expected, y64), "vmap")
+
+
+def _prepared(configuration: Configuration, seed: int) -> tuple[Any, np.ndarray, dict[str, jax.Array], Any]:
+    """The reference, two inputs for it, its further arguments, and the generator they are drawn from."""
     import torch
 
     torch.manual_seed(seed)
     np.random.seed(seed)
     module = import_class(configuration.cls)(**configuration.kwargs).eval()
-    params, names = _tensors(module)
     draw = np.random.default_rng(seed)
     x = draw.standard_normal((2, *configuration.shape), np.float32)
     if getattr(module, "transposed", False):
         x = np.swapaxes(x, 2, 3)
+    if any(name.endswith("l_kernel") for name in module.state_dict()):  # S4 rewrites C in its first forward
+        prepared = copy.deepcopy(module)
+        prepared(torch.from_numpy(x[0].copy()))
+        module.load_state_dict(prepared.state_dict())
     inputs = {}
     if configuration.event:
         inputs["integration_timesteps"] = jnp.asarray(draw.uniform(0.1, 2.1, configuration.shape[:2]), jnp.float32)
-    reference = trace(module, tuple(inputs), names)
-    name = (configuration.name, f"torch2jax / {subject.name}")
-    try:
-        theirs = functools.partial(reference, *inputs.values())
-        expected = jax.jit(theirs)(params, x[0])
-    except Exception as err:
-        return Row(*name, None, None, None, None, "unsupported", f"not traced: {_reason(err)}")
-
-    def ours(params, x):
-        return subject.forward(configuration.kwargs, _under_all_names(params, names), x, **inputs)
-
-    w, scores = draw.standard_normal(expected.shape, np.float32), Scores()
-    mine, traced = (
-        {**grads[0], "x": grads[1]}
-        for grads in (
-            jax.jit(jax.grad(lambda params, x, f=f: jnp.sum(f(params, x) * w), argnums=(0, 1)))(params, x[0])
-            for f in (ours, theirs)
-        )
-    )
-    extra = {argument: torch.from_numpy(np.array(value)) for argument, value in inputs.items()}
-    y64, grads64 = in_float64(module, torch.from_numpy(x[0].copy()), extra, torch.from_numpy(w))
-    grads = {key: np.asarray(in_parts(jnp.conj(value))) for key, value in traced.items()}
-    run = Run("jit", x[0], np.asarray(expected), y64, w, grads, grads64)
-    check_forward(np.asarray(jax.jit(ours)(params, x[0]), np.float64), run, "float32", scores)
-    for key, ours_of, theirs_of in paired(mine, grads):
-        check_gradient(np.asarray(ours_of, np.float64), theirs_of, grads64.get(key), f"grad.{key}", scores)
-    own = _distance(np.asarray(expected), y64)
-    batched = [jax.jit(jax.vmap(f, (None, 0)))(params, x) for f in (ours, theirs)]
-    scores.add("forward", _distance(*batched), FORWARD_LIMIT + 4 * own, "vmap")
-    return scores.row(*name)
+    return module, x, inputs, draw
 
 
-def _tensors(module: Any) -> tuple[dict[str, jax.Array], dict[str, str]]:
-    """The tensors of a module under their first names, and of every name the first one of the same tensor."""
+def _shortened(configuration: Configuration) -> tuple[Configuration, str, dict[str, Any]]:
+    """What is traced of a configuration, what to say of it, and how to compile it."""
+    B, L, H = configuration.shape
+    if not configuration.cls.startswith(_LOOPED):
+        return configuration, "", {}
+    steps = min(L, LOOPED_STEPS)
+    remark = f"{steps} of {L} steps" if steps < L else ""
+    return replace(configuration, shape=(B, steps, H)), remark, _QUICK_TO_COMPILE
+
+
+def _tensors(module: Any) -> tuple[dict[str, jax.Array], dict[str, jax.Array], dict[str, str]]:
+    """The tensors of a module under their first names, and of every name the first one of the same tensor.
+
+    Returns:
+        The tensors that have gradients, the integers (which the reference branches on), and the names.
+    """
     first: dict[int, str] = {}
     state = module.state_dict(keep_vars=True)
     names = {name: first.setdefault(id(tensor), name) for name, tensor in state.items()}
-    return {name: jnp.asarray(state[name].detach().numpy()) for name in first.values()}, names
+    arrays = {name: jnp.asarray(state[name].detach().numpy()) for name in first.values()}
+    fixed = {name: array for name, array in arrays.items() if not jnp.issubdtype(array.dtype, jnp.inexact)}
+    return {name: array for name, array in arrays.items() if name not in fixed}, fixed, names
 
 
 def _under_all_names(params: dict[str, jax.Array], names: dict[str, str]) -> dict[str, jax.Array]:
@@ -110,7 +169,7 @@ def _distance(ours: Any, theirs: Any) -> float:
 
 
 def _tracer() -> Callable[..., Any]:
-    """`trace(module, names) -> f(*inputs, params, x)`, with all operations registered."""
+    """`trace(module, arguments, fixed, names) -> f(*inputs, params, x)`, with all operations registered."""
     try:
         torch2jax: Any = importlib.import_module("torch2jax")
     except ImportError as err:
@@ -119,8 +178,13 @@ def _tracer() -> Callable[..., Any]:
         ) from err
     _register(torch2jax)
 
-    def trace(module: Any, arguments: tuple[str, ...], names: dict[str, str]) -> Callable[..., Any]:
+    def trace(module: Any, arguments: tuple[str, ...], fixed: dict[str, jax.Array], names: dict[str, str]):
         import torch
+
+        module = copy.deepcopy(module)
+        for part in module.modules():
+            for name in part._non_persistent_buffers_set:  # not in the state_dict, from which torch2jax takes buffers
+                setattr(part, name, torch2jax.Torchish(jnp.asarray(part._buffers.pop(name).numpy())))
 
         class Call(torch.nn.Module):
             """The module on `(*inputs, x)`, its output alone."""
@@ -136,7 +200,7 @@ def _tracer() -> Callable[..., Any]:
 
         def function(*values):
             *inputs, params, x = values
-            state = {f"module.{name}": value for name, value in _under_all_names(params, names).items()}
+            state = {f"module.{name}": value for name, value in _under_all_names({**params, **fixed}, names).items()}
             return traced(*inputs, x, state_dict=state)
 
         return function
@@ -166,10 +230,15 @@ def _register(torch2jax: Any) -> None:
     def lifted(function: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *args, **kwargs: wrapped(function(*plain(args), **{k: plain(v) for k, v in kwargs.items()}))
 
+    def scatter_(self, dim, index, src):
+        self.value = jnp.put_along_axis(self.value, index.value, src.value, dim, inplace=False)
+        return self
+
     for owner, name, function in _functions():
         torch2jax.implements(getattr(owner, name), Torchishify_output=False)(lifted(function))
     for name, function in _METHODS.items():
         setattr(Torchish, name, lifted(function))
+    Torchish.scatter_ = scatter_
     for name in ("contiguous", "requires_grad_", "to_dense"):
         setattr(Torchish, name, lambda self, *args, **kwargs: self)
     Torchish.is_complex = lambda self: jnp.iscomplexobj(self.value)
@@ -209,6 +278,8 @@ def _functions() -> list[tuple[Any, str, Callable[..., Any]]]:
         *shared,
         *((torch.fft, name, _fft(name)) for name in ("fft", "ifft", "rfft", "irfft")),
         (torch, "is_complex", jnp.iscomplexobj),
+        (torch, "eye", lambda n, **_: jnp.eye(n)),
+        (torch.linalg, "inv", jnp.linalg.inv),
         (torch, "einsum", lambda equation, *operands: jnp.einsum(equation, *operands, precision="highest")),
         (torch, "real", jnp.real),
         (torch, "stack", lambda tensors, dim=0: jnp.stack(tensors, dim)),
@@ -260,6 +331,7 @@ _METHODS: dict[str, Callable[..., Any]] = {
     "__matmul__": functools.partial(jnp.matmul, precision="highest"),
     "cfloat": lambda x: x.astype(jnp.complex64),
     "chunk": lambda x, chunks, dim=0: jnp.array_split(x, chunks, dim),
+    "conj": jnp.conj,
     "clamp": lambda x, min=None, max=None: jnp.clip(x, min, max),
     "diag": jnp.diag,
     "exp": jnp.exp,
@@ -267,6 +339,7 @@ _METHODS: dict[str, Callable[..., Any]] = {
     "float": lambda x: x.astype(jnp.float32),
     "log": jnp.log,
     "new_zeros": lambda x, *shape, **_: jnp.zeros(shape if isinstance(shape[0], int) else shape[0], x.dtype),
+    "reciprocal": jnp.reciprocal,
     "repeat_interleave": jnp.repeat,
     "sinh": jnp.sinh,
     "sigmoid": jax.nn.sigmoid,

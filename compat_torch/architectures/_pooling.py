@@ -158,6 +158,13 @@ def _mean(x: Float[Array, "*B K H"], valid: Bool[Array, "*B K"], count: int | No
 
 
 def _max(x: Float[Array, "*B K H"], valid: Bool[Array, "*B K"]) -> Float[Array, "*B H"]:
-    """Of the valid steps; 0 if there are none."""
-    largest = jnp.max(jnp.where(valid[..., None], x, -jnp.inf), -2, initial=-jnp.inf)
+    """Of the valid steps; 0 if there are none.
+
+    By index: the gradient of a maximum goes to the values equal to it, and a value that the compiler computes once more
+    for its gradient may differ by a rounding.
+    """
+    if x.shape[-2] == 0:
+        return jnp.zeros((*x.shape[:-2], x.shape[-1]), x.dtype)
+    at = jnp.argmax(jnp.where(valid[..., None], x, -jnp.inf), -2, keepdims=True)
+    largest = jnp.take_along_axis(x, at, -2)[..., 0, :]
     return jnp.where(jnp.any(valid, -1)[..., None], largest, 0)

@@ -19,8 +19,7 @@ from ..core.base import LRNN
 from ..core.discretization import Reference
 from ..core.layers import symmetric_uniform
 from ..layers import MHA, Block, GatedMLP
-from ..layers.block import layer_norm, normalise, rms_norm
-from ..models.ltv.base import LTV_LRNN
+from ..layers.block import has_event_mode, layer_norm, normalise, rms_norm
 from ..random import default_rngs
 
 Caches = dict[int, Any]
@@ -154,8 +153,8 @@ class LRNNModel(LRNN):
         init_weights(self, n_layer, rngs=rngs, **settings)
 
     @property
-    def _varying(self) -> bool:
-        return any(isinstance(layer.mixer, LTV_LRNN) for layer in self.layers)
+    def _has_event_mode(self) -> bool:
+        return any(has_event_mode(layer.mixer) for layer in self.layers)
 
     def __call__(
         self,
@@ -167,7 +166,7 @@ class LRNNModel(LRNN):
         """Hidden states after the final norm, (B, L, d_model), 0 past `lengths`; with a cache, `(hidden, cache)`.
 
         Raises:
-            ValueError: wrong rank; `integration_timesteps` in a model without a time-varying mixer.
+            ValueError: wrong rank; `integration_timesteps` in a model without a mixer that has an event mode.
             TypeError: ids that are not integers.
         """
         hidden, residual = self._embed(input_ids, integration_timesteps), None
@@ -214,11 +213,12 @@ class LRNNModel(LRNN):
             raise ValueError(f"{self._name} expects token ids (B, L), got shape {ids.shape}")
         if not jnp.issubdtype(ids.dtype, jnp.integer):
             raise TypeError(f"{self._name} expects integer token ids (B, L), got {ids.dtype}")
-        if integration_timesteps is not None and not self._varying:
+        if integration_timesteps is not None and not self._has_event_mode:
             raise ValueError(
-                f"{self._name}: integration_timesteps needs a time-varying mixer, the mixers are {self.mixer_types}"
+                f"{self._name}: integration_timesteps needs a mixer with an event mode (Mamba), the mixers are "
+                f"{self.mixer_types}"
             )
-        hidden = self.embedding(ids)
+        hidden = jnp.take(self.embedding.embedding[...], ids, axis=0)
         return hidden if self.dtype is None else hidden.astype(self.dtype)
 
     def _leave(self, hidden, residual):

@@ -15,9 +15,8 @@ from ..core.base import LRNN
 from ..core.discretization import Reference
 from ..core.layers import linear
 from ..interop import torch_in_torch_out
-from ..layers.block import layer_norm
+from ..layers.block import has_event_mode, layer_norm
 from ..models.lti import LRU, S4, S4D
-from ..models.ltv import LTV_LRNN
 from ..random import default_rngs
 from ._layers import LayerLike, layer_factory
 from ._pooling import IntermediatePooling, Pooling, SequencePooling, per_row, valid_steps
@@ -112,7 +111,7 @@ class ClassifierBlock(LRNN):
 
         Args:
             x: shape (B, L, d_model).
-            integration_timesteps: time since the event before, shape (B, L), for a time-varying layer.
+            integration_timesteps: time since the event before, shape (B, L), for a layer with an event mode.
             lengths: int, shape (B,): valid steps of each row; the rest must be finite.
             rngs: with a stream "dropout"; needed in training mode with dropout.
         """
@@ -129,7 +128,7 @@ class ClassifierBlock(LRNN):
     def _recur(self, x, integration_timesteps, lengths, rngs) -> Float[Array, "B L H"]:
         if isinstance(self.lrnn, LRNN):
             extra: dict[str, Any] = {}
-            if isinstance(self.lrnn, LTV_LRNN):
+            if has_event_mode(self.lrnn):
                 extra["integration_timesteps"] = integration_timesteps
             elif isinstance(self.lrnn, S4 | S4D):
                 extra["rngs"] = rngs
@@ -279,7 +278,8 @@ class Classifier(LRNN):
                 vectors (B, L, embedding_dim). An id outside of the vocabulary gives NaN.
             lengths: valid steps of each row: integer, shape (B,), or a Python integer for all rows. The padding, even
                 NaN, reaches nothing.
-            integration_timesteps: time since the event before, shape (B, L) or (B, L, 1), for the time-varying layers.
+            integration_timesteps: time since the event before, shape (B, L) or (B, L, 1), for the layers with an event
+                mode (Mamba, ltv.S5); the others do without.
             rngs: with a stream "dropout"; needed in training mode with dropout.
 
         Returns:
@@ -287,7 +287,8 @@ class Classifier(LRNN):
             the parameters.
 
         Raises:
-            ValueError: wrong rank or width; integration_timesteps, but no time-varying layer; no `rngs` where needed.
+            ValueError: wrong rank or width; integration_timesteps, but no layer with an event mode; no `rngs` where
+                needed.
             TypeError: wrong dtype.
         """
         x = self._checked(x)
@@ -318,10 +319,11 @@ class Classifier(LRNN):
         if timesteps is None:
             return None
         blocks = (*self.blocks, self.final_block)
-        if all(isinstance(block.lrnn, LRNN) and not isinstance(block.lrnn, LTV_LRNN) for block in blocks):
+        if all(isinstance(block.lrnn, LRNN) and not has_event_mode(block.lrnn) for block in blocks):
             names = sorted({type(block.lrnn).__name__ for block in blocks})
             raise ValueError(
-                f"{self._name}: integration_timesteps needs a time-varying layer, the layers are {', '.join(names)}"
+                f"{self._name}: integration_timesteps needs a layer with an event mode (Mamba, ltv.S5), the layers are "
+                f"{', '.join(names)}"
             )
         timesteps = jnp.asarray(timesteps)
         if timesteps.shape not in (valid.shape, (*valid.shape, 1)):

@@ -90,12 +90,24 @@ class LRNNLMHeadModel(LRNN):
     ):
         super().__init__(reference=reference, precision=precision, dtype=dtype, param_dtype=param_dtype)
         self._check_sizes(vocab_size=vocab_size, pad_vocab_size_multiple=pad_vocab_size_multiple)
+        if isinstance(mlp_cls, str):
+            raise TypeError(
+                f"{self._name}: mlp_cls must be a class or a function, got {mlp_cls!r}; config.json has its name "
+                "only: pass mlp_cls to from_pretrained as well"
+            )
+        others = {
+            "mlp_cls": getattr(mlp_cls, "__name__", type(mlp_cls).__name__),
+            "dtype": dtype,
+            "precision": precision,
+        }
+        defaults = {"mlp_cls": "NoneType", "dtype": None, "precision": "highest"}
         self._config = _encode(
             d_model=d_model, d_state=d_state, n_layer=n_layer, vocab_size=vocab_size, mixer_types=list(mixer_types),
             d_intermediate=d_intermediate, mixer_kwargs=mixer_kwargs or {}, norm_epsilon=norm_epsilon,
             rms_norm=rms_norm, fused_add_norm=fused_add_norm, residual_in_fp32=residual_in_fp32,
             tie_embeddings=tie_embeddings, pad_vocab_size_multiple=pad_vocab_size_multiple,
             initializer_cfg=initializer_cfg or {}, reference=reference,
+            **{name: value for name, value in others.items() if value != defaults[name]},
         )  # fmt: skip
         self.d_model, self.vocab_size = d_model, vocab_size
         padded = -(-vocab_size // pad_vocab_size_multiple) * pad_vocab_size_multiple
@@ -114,7 +126,10 @@ class LRNNLMHeadModel(LRNN):
 
     @property
     def config(self) -> dict[str, Any]:
-        """The constructor's arguments, as config.json has them."""
+        """The constructor's arguments, as config.json has them.
+
+        `mlp_cls` by name, `dtype` and `precision` where they are not the defaults; param_dtype is that of the weights.
+        """
         return json.loads(self._config)
 
     @torch_in_torch_out
@@ -134,7 +149,8 @@ class LRNNLMHeadModel(LRNN):
             position_ids: must be None: recurrences know the position, attention layers count from 0.
             inference_params: must be None: `prefill` fills a cache.
             num_last_tokens: if positive, only the logits of that many last steps.
-            integration_timesteps: for the time-varying mixers, in event mode, shape (B, L).
+            integration_timesteps: time since the event before, shape (B, L), for the mixers with an event mode
+                (Mamba); the others do without.
             lengths: int, shape (B,): valid tokens of each row; logits past them are 0, the padding reaches nothing.
 
         Returns:
@@ -197,7 +213,7 @@ class LRNNLMHeadModel(LRNN):
         self._config = _encode(**{**self.config, "tie_embeddings": True})
 
     def save_pretrained(self, save_directory: str | Path, *, format: str | None = None) -> None:
-        """Write config.json, with every constructor argument, and model.safetensors (tied weights once).
+        """Write config.json, which has every constructor argument, and model.safetensors (tied weights once).
 
         Args:
             save_directory: see `compat_torch.checkpoint.save_pretrained`, which this is.
@@ -214,7 +230,7 @@ class LRNNLMHeadModel(LRNN):
         Args:
             pretrained_model_path: holds config.json and weights; see `compat_torch.checkpoint.from_pretrained`.
             **kwargs: constructor arguments that replace those of config.json. lrnnx does not write `mixer_kwargs`:
-                pass what its mixers were made with, as far as shapes do not say it.
+                pass what its mixers were made with, as far as shapes do not say it. A model with a `mlp_cls` needs it.
 
         Raises:
             FileNotFoundError: there is no such folder. TypeError, ValueError: the arguments do not make a model.
@@ -231,5 +247,9 @@ class LRNNLMHeadModel(LRNN):
 
 
 def _encode(**config: Any) -> str:
-    """A hashable form of the configuration; dtypes by name."""
-    return json.dumps(config, default=lambda value: np.dtype(value).name)
+    """A hashable form of the configuration; dtypes and precisions by name."""
+
+    def by_name(value: Any) -> str:
+        return value.name.lower() if isinstance(value, jax.lax.Precision) else np.dtype(value).name
+
+    return json.dumps(config, default=by_name)

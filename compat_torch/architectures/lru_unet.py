@@ -157,6 +157,9 @@ class LRUUnet(LRNN):
     |---|---|---|
     | causal=True delays by | one step, which is causal for factor 2 only (one warning) | factor - 1 steps |
 
+    The warning says how many later inputs reach an output: two with the default factors (4, 2). A new model that is to
+    be causal takes reference="paper".
+
     lrnnx 1.0.0 cannot construct this class: it gives `LRU` names of arguments that it does not have. Apart from this,
     it reads the number of `channels` only and doubles the width at each level: that is channels=[2 in_channels,
     4 in_channels, ...] here.
@@ -195,10 +198,10 @@ class LRUUnet(LRNN):
             self._check_sizes(**{f"channels[{i}]": width, f"resample_factors[{i}]": factor})
         if pre_conv:
             raise ValueError(f"{self._name}: pre_conv={pre_conv!r} is not supported: pass False")
-        if causal and reference == "lrnnx" and max(resample_factors) > 2:
+        if causal and reference == "lrnnx" and (later := _lookahead(resample_factors)):
             warnings.warn(
-                f'{self._name} with causal=True and reference="lrnnx" delays by one step at each level, as lrnnx 1.0.0 '
-                f"does: with resample_factors {list(resample_factors)} outputs depend on later inputs. "
+                f'{self._name}(causal=True, reference="lrnnx") delays by one step at each level, as lrnnx 1.0.0 does: '
+                f"with resample_factors={list(resample_factors)} output t depends on inputs up to t + {later}. "
                 'reference="paper" is causal.',
                 ReferenceDefectWarning,
                 stacklevel=2,
@@ -272,6 +275,15 @@ class LRUUnet(LRNN):
         if hasattr(self, "final_proj"):
             h = self.final_proj(h)
         return jnp.swapaxes(h[:, :T], 1, 2).astype(dtype)
+
+
+def _lookahead(factors: Sequence[int]) -> int:
+    """How many later steps reach an output with one step of delay at each level: those of the worst depth."""
+    reached, farthest, width = 0, 0, 1
+    for factor in factors:
+        reached += (factor - 2) * width
+        farthest, width = max(farthest, reached), width * factor
+    return farthest
 
 
 def _apply(ssm: Any, x: Float[Array, "B T H"], activation: bool = True) -> Float[Array, "B T H"]:

@@ -83,7 +83,7 @@ def load_into(
         FileNotFoundError, CorruptCheckpointError: as `read_state_dict`.
         StateDictMismatchError: missing, unused (when strict) or mis-shaped tensors (when strict); all are listed.
         CheckpointError: NaN or infinite weights, unequal copies of one parameter, two names made one by `rename`,
-            float64 without jax_enable_x64, a ConvTranspose (whose kernel has no such counterpart in torch).
+            float64 without jax_enable_x64, a ConvTranspose without transpose_kernel=True (torch's has it).
     """
     content = read_content(path, prefix=prefix, rename=rename, ignore=ignore, seek_config=False)
     everything = list(_entries(model))
@@ -115,9 +115,12 @@ def load_into(
 def _entries(model: nnx.Module) -> Iterator[state.Entry]:
     """What `state.entries` gives, and the statistics of BatchNorm under torch's names."""
     for path, module in nnx.iter_modules(model):
-        if isinstance(module, nnx.ConvTranspose):
+        if isinstance(module, nnx.ConvTranspose) and not module.transpose_kernel:
             where = ".".join(map(str, path))
-            raise CheckpointError(f"{where} is a ConvTranspose, which load_into does not map: load it by hand")
+            raise CheckpointError(
+                f"{where} is a ConvTranspose with the kernel of a Conv: construct it with transpose_kernel=True, as "
+                "torch's is, or load it by hand"
+            )
     yield from state.entries(model)
     for path, module in nnx.iter_modules(model):
         if isinstance(module, nnx.BatchNorm):

@@ -15,15 +15,15 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
-from ..arrays import contiguous
+from ..arrays import as_views, contiguous
 from ..errors import CheckpointError
 from . import export
-from .detection import detect
+from .detection import Content, read_content
 from .folder import open_folder
 from .hub import locate
-from .loading import load
+from .loading import build, load
 from .state_dict import open_file
-from .writing import Progress, check_target, write_file, write_folder, write_orbax
+from .writing import Progress, check_target, hashes_of, write_file, write_folder, write_orbax
 
 _SUFFIXES = (".safetensors", ".bin", ".pt")
 _STEPS = 24
@@ -54,6 +54,7 @@ def convert(
     out: str | os.PathLike[str],
     *,
     to: str,
+    format: str | None = None,
     dtype: DTypeLike | None = None,
     revision: str | None = None,
     verify: bool = False,
@@ -69,6 +70,7 @@ def convert(
         out: folder to write; for a single layer also a file ending in .safetensors, .bin or .pt.
         to: name of a format or its family ("hf", "mamba_ssm", "lrnnx", "s4"), or "orbax": the pure dict of the module's
             state, which `nnx.replace_by_pure_dict` takes.
+        format: of the source; by default found, as by `load`.
         dtype: of the floating point parameters; None keeps them as they are.
         revision: branch, tag or commit of a repository.
         verify: read the result back, compare it bit for bit with what was to be written, and its outputs with those
@@ -88,23 +90,25 @@ def convert(
     source, out = locate(path, revision), Path(out)
     if out.suffix not in _SUFFIXES:
         check_target(out, overwrite, source)
-    with _wide(source, dtype):
-        detection = detect(source, **kwargs)
-        model = load(source, dtype=dtype, allow_nonfinite=allow_nonfinite, **kwargs)
+    content = read_content(source)
+    with hashes_of(None if out.suffix in _SUFFIXES else source) as hashes, _wide(content, dtype):
+        with contextlib.nullcontext() if to == "orbax" else as_views():
+            model, detection = build(content, format, dtype, True, allow_nonfinite, kwargs)
         entry = None if to == "orbax" else export.format_of(model, to)
         target = "orbax" if entry is None else entry.name
         about = {
             "format": {"from": detection.format, "to": target},
             "dtype": None if dtype is None else np.dtype(dtype).name,
         }
+        unwritten = {name: value for name, value in kwargs.items() if name not in detection.taken}
         difference = None
 
         def check(written: Path) -> None:
             nonlocal difference
-            difference = _verify(written, model, entry, kwargs)
+            difference = _verify(written, model, entry, unwritten)
 
         options: dict[str, Any] = {"overwrite": overwrite, "check": check if verify else None}
-        beside: dict[str, Any] = {"source": source, "provenance": about}
+        beside: dict[str, Any] = {"source": source, "hashes": hashes, "provenance": about}
         if entry is None:
             tensors = nnx.to_pure_dict(nnx.state(model))
             write_orbax(out, tensors, detection.config, **beside, **options)
@@ -160,15 +164,11 @@ def _layouts(model: nnx.Module) -> Iterator[tuple[int, ...]]:
 
 
 @contextlib.contextmanager
-def _wide(source: Path, dtype: DTypeLike | None) -> Iterator[None]:
+def _wide(content: Content, dtype: DTypeLike | None) -> Iterator[None]:
     """64-bit values on, if the result has some."""
     wide = (np.float64, np.complex128)
-    if dtype is not None:
-        needed = np.dtype(dtype) in wide
-    else:
-        tensors = (open_folder(source) if source.is_dir() else open_file(source)).tensors
-        needed = any(value.dtype in wide for value in tensors.values())
-    with jax.enable_x64(True) if needed else contextlib.nullcontext():
+    dtypes = [value.dtype for value in content.tensors.values()] if dtype is None else [np.dtype(dtype)]
+    with jax.enable_x64(True) if any(kind in wide for kind in dtypes) else contextlib.nullcontext():
         yield
 
 

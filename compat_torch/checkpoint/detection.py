@@ -40,6 +40,7 @@ class Detection:
             hyper-parameters.
         settled: names of arguments that follow from the file alone.
         asks: arguments that only the caller can give (a name, or "name={...: ...}" for a part of one) -> their values.
+        taken: names of the caller's arguments that went into a configuration.
         assumed: arguments that nothing in the file gives -> the class's defaults, which are used.
         config: config.json, if there is one.
         tensors: name -> array, prefixes of wrappers taken off, S4 layers at version 4; views of the mapped file.
@@ -51,6 +52,7 @@ class Detection:
     arguments: dict[str, Any]
     settled: frozenset[str]
     asks: dict[str, tuple[Any, ...]]
+    taken: frozenset[str]
     assumed: dict[str, Any]
     config: dict[str, Any] | None
     tensors: Tensors = field(repr=False)
@@ -156,7 +158,7 @@ def renamed(tensors: Tensors, rename: Sequence[tuple[str, str]], path: str) -> T
         for pattern, replacement in rename:
             target = _compiled(pattern).sub(replacement, target)
         if target in result:
-            raise CheckpointError(f"{path}: rename gives two tensors the name {target}, one of them is {name}")
+            raise CheckpointError(f"{path}: rename gives two tensors the name {target[:80]}, one is {name[:80]}")
         result[target] = value
     return result
 
@@ -214,6 +216,7 @@ def describe(
     unknown = [name for name in inferred if name not in parameters]
     if unknown and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         raise CheckpointError(f"{content.path}: config.json has {shorten(unknown)}, which {entry.name} does not know")
+    given = {name: value for name, value in given.items() if name not in reading.taken}
     known = {**hyper, **inferred, **given}
     settled = frozenset() if entry.overridable else frozenset(inferred) - {*entry.merges, *entry.asks, *entry.assumes}
     asks = {name: values for name, values in entry.asks.items() if name not in known} | reading.asked
@@ -228,7 +231,8 @@ def describe(
         arguments={**hyper, **inferred, **given, **merged},
         settled=settled,
         asks=asks,
-        assumed=assumed,
+        taken=frozenset(reading.taken),
+        assumed=assumed | reading.assumed,
         config=content.config,
         tensors=content.tensors,
     )
@@ -319,12 +323,16 @@ def _likeness(fit: Fit) -> float:
 def _layers(tensors: Tensors, limit: int = 5) -> list[tuple[str, str]]:
     """Sub-trees that fit a format exactly, as (prefix, format name); the outermost ones."""
     parents = {name.rsplit(".", cut)[0] for name in tensors for cut in range(1, min(4, name.count(".") + 1))}
+    trees: dict[str, dict[str, np.ndarray]] = {parent: {} for parent in sorted(parents, key=_depth)[:300]}
+    for name, value in tensors.items():
+        for dot in (place for place, character in enumerate(name) if character == "."):
+            if (tree := trees.get(name[:dot])) is not None:
+                tree[name[dot + 1 :]] = value
     found: list[tuple[str, str]] = []
-    for parent in sorted(parents, key=lambda parent: (parent.count("."), parent))[:300]:
+    for parent, tree in trees.items():
         if any(parent.startswith(f"{outer}.") for outer, _ in found):
             continue
-        inner = Reading(tensors).below(parent)
-        name = next((name for name, entry in TABLE.items() if _is(entry, inner)), None)
+        name = next((name for name, entry in TABLE.items() if _is(entry, Reading(tree))), None)
         if name is not None:
             found.append((parent, name))
             if len(found) == limit:
@@ -332,6 +340,12 @@ def _layers(tensors: Tensors, limit: int = 5) -> list[tuple[str, str]]:
     return found
 
 
+def _depth(name: str) -> tuple[int, str]:
+    return name.count("."), name
+
+
 def _is(entry: Format, reading: Reading) -> bool:
+    if not entry.covers(reading.tensors):
+        return False
     fit = entry.fit(reading.tensors)
     return fit.exact and entry.refuses(replace(reading, sizes=fit.sizes)) is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from ..errors import CheckpointError
 
@@ -65,11 +66,12 @@ def _download(repo_id: str, revision: str | None, weights: str) -> Path:
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError
     except ImportError as err:
         raise ImportError("models on the hub need huggingface_hub: pip install 'spyx-torch[hub]'") from err
+    errors_of_http: Any = HfHubHTTPError.__bases__  # those of its HTTP library, whichever that is
     try:
         folder = huggingface_hub.snapshot_download(
             repo_id, revision=revision, allow_patterns=[*_BESIDE, weights], ignore_patterns=list(_NEVER)
         )
-    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as err:
+    except (*errors_of_http, HFValidationError, OSError, ValueError) as err:
         where = f"{repo_id!r}" + (f" at revision {revision!r}" if revision else "")
         reason = " ".join(str(err).split())[:300]
         raise CheckpointError(f"the model {where} cannot be fetched from the hub: {reason}") from err

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..arrays import count_nonfinite
+from ..arrays import count_nonfinite, release
 from ..errors import CheckpointError, StateDictMismatchError
 from .detection import Content, Detection, choose, constructor, describe, read_content
 from .formats import Fit, Format
@@ -66,7 +69,7 @@ def load(
         ValueError: an unknown `format`, or an argument's value that the class does not support.
     """
     content = read_content(path, prefix=prefix, rename=rename, ignore=ignore)
-    return _load(content, format, dtype, strict, allow_nonfinite, kwargs)
+    return build(content, format, dtype, strict, allow_nonfinite, kwargs)[0]
 
 
 def from_pretrained(
@@ -98,12 +101,21 @@ def from_pretrained(
     folder = locate(path, revision)
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is a file: use load({os.fspath(folder)!r}), or pass its folder")
-    return _load(read_content(folder), format, dtype, True, allow_nonfinite, kwargs)
+    return build(read_content(folder), format, dtype, True, allow_nonfinite, kwargs)[0]
 
 
-def _load(
+def build(
     content: Content, format: str | None, dtype: Any, strict: bool, allow_nonfinite: bool, kwargs: Mapping[str, Any]
-) -> nnx.Module:
+) -> tuple[Any, Detection]:
+    """The module of a checkpoint that has been opened, and what the checkpoint was found to be.
+
+    Args:
+        content: what `read_content` gave.
+        format, dtype, strict, allow_nonfinite, kwargs: as for `load`.
+
+    Raises:
+        As `load`.
+    """
     entry, fit, evidence = choose(content, format, strict)
     detection = describe(content, entry, fit, evidence, kwargs)
     _check_arguments(content.path, entry, detection, kwargs)
@@ -113,38 +125,32 @@ def _load(
         logger.warning("%s: left out: %s", content.path, shorten(fit.unexpected))
         left_out = set(fit.unexpected)
         tensors = {name: value for name, value in tensors.items() if name not in left_out}
-    if not allow_nonfinite:
-        check_finite(tensors, content.path)
-    from_config = content.config is not None
-    return _build(content.path, entry, fit, detection.arguments, entry.read(tensors), dtype, from_config)
-
-
-def _build(
-    path: str,
-    entry: Format,
-    fit: Fit,
-    arguments: dict[str, Any],
-    tensors: Mapping[str, np.ndarray],
-    dtype: Any,
-    from_config: bool,
-) -> Any:
-    module_class = entry.load_class()
-    if fit.missing:
-        logger.warning("%s: initialised at random, because the file lacks it: %s", path, shorten(fit.missing))
+    with ThreadPoolExecutor(1) as pool:
+        finite = None if allow_nonfinite else pool.submit(check_finite, tensors, content.path)
+        module = _construct(content, entry, fit, detection.arguments)
+    if finite is not None:
+        finite.result()
     try:
-        module: Any = module_class(**arguments) if fit.missing else _abstract(module_class, arguments)
-    except (TypeError, ValueError) as err:
-        if not from_config:
-            raise
-        raise CheckpointError(f"{path}: config.json does not make a {entry.name}: {err}") from err
-    try:
-        module.load_state_dict(tensors, not fit.missing, dtype=dtype)
+        module.load_state_dict(entry.read(tensors), not fit.missing, dtype=dtype)
     except StateDictMismatchError as err:
         raise StateDictMismatchError(
-            f"{entry.name} (read from {path})", err.missing, err.unexpected, err.mismatched, err.missing
+            f"{entry.name} (read from {content.path})", err.missing, err.unexpected, err.mismatched, err.missing
         ) from err
     module.eval()
-    return module
+    return module, detection
+
+
+def _construct(content: Content, entry: Format, fit: Fit, arguments: dict[str, Any]) -> Any:
+    """The module: with shapes in place of arrays if all of them are in the file."""
+    module_class = entry.load_class()
+    if fit.missing:
+        logger.warning("%s: initialised at random, because the file lacks it: %s", content.path, shorten(fit.missing))
+    try:
+        return module_class(**arguments) if fit.missing else _abstract(module_class, arguments)
+    except (TypeError, ValueError) as err:
+        if content.config is None:
+            raise
+        raise CheckpointError(f"{content.path}: config.json does not make a {entry.name}: {err}") from err
 
 
 class _OneKey:
@@ -169,7 +175,20 @@ def _abstract(module_class: type, arguments: dict[str, Any]) -> Any:
     from flax import nnx
 
     rngs = _OneKey(jax.random.key(0))
-    return nnx.eval_shape(lambda: module_class(**arguments, rngs=rngs))
+    with _no_collection():
+        return nnx.eval_shape(lambda: module_class(**arguments, rngs=rngs))
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Python's collector off: of the many objects of a traced constructor it would find none to free."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _log(path: str, detection: Detection) -> None:
@@ -185,6 +204,7 @@ def _check_arguments(path: str, entry: Format, detection: Detection, kwargs: Map
     open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     settled = detection.settled
     accepted = [name for name in parameters if name not in _NOT_ASKED and name not in settled]
+    kwargs = {name: value for name, value in kwargs.items() if name not in detection.taken}
     unknown = [name for name in kwargs if name in settled or not (name in accepted or open_ended)]
     unknown += [name for name in kwargs if name in ("dtype", "param_dtype", "rngs") and name not in unknown]
     if unknown:
@@ -205,7 +225,10 @@ def _request(name: str, values: tuple[Any, ...]) -> str:
 
 def check_finite(tensors: Mapping[str, np.ndarray], path: str) -> None:
     """Raise CheckpointError if there are NaN or infinite values; the message says where and how many."""
-    counts = {name: count_nonfinite(value) for name, value in tensors.items()}
+    counts = {}
+    for name, value in tensors.items():
+        counts[name] = count_nonfinite(value)
+        release(value)
     bad = [f"{name} ({count} of {tensors[name].size})" for name, count in counts.items() if count]
     if bad:
         raise CheckpointError(

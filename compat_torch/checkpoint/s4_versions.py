@@ -62,7 +62,7 @@ def upgrade(tensors: Mapping[str, np.ndarray], path: str) -> tuple[Mapping[str, 
             target = name
         if target in result:
             raise CheckpointError(
-                f"{path}: an S4 layer of an older version has two tensors for {target}, one is {name}"
+                f"{path}: an S4 layer of an older version has two tensors for {target[:80]}, one is {name[:80]}"
             )
         result[target] = value
     return result, len(roots)

@@ -47,7 +47,7 @@ def read_safetensors(source: Source) -> dict[str, np.ndarray]:
         with safe_open(source.path, framework="numpy"):
             pass
     except SafetensorError as err:
-        raise CorruptCheckpointError(f"{source.path} is not a sound safetensors file: {err}") from err
+        raise CorruptCheckpointError(f"{source.path} is not a sound safetensors file: {str(err)[:200]}") from err
     with reading(source.path):
         start = 8 + int.from_bytes(source.data[:8], "little")
         header = json.loads(bytes(source.data[8:start]), object_pairs_hook=unique)
@@ -58,5 +58,5 @@ def read_safetensors(source: Source) -> dict[str, np.ndarray]:
 def _view(source: Source, start: int, name: str, entry: dict) -> np.ndarray:
     dtype = DTYPES.get(entry["dtype"])
     if dtype is None:
-        raise CheckpointError(f"tensor {name!r} has dtype {entry['dtype']}; supported: {', '.join(DTYPES)}")
+        raise CheckpointError(f"tensor {name[:80]!r} has dtype {entry['dtype']}; supported: {', '.join(DTYPES)}")
     return np.ndarray(entry["shape"], dtype, buffer=source.data, offset=start + entry["data_offsets"][0])

@@ -211,7 +211,7 @@ class RestrictedUnpickler:
             raise CorruptCheckpointError("the pickle calls with arguments that are not a tuple")
         if isinstance(callee, Global) and callee.name in self._builders:
             if kwargs:
-                raise CorruptCheckpointError(f"the pickle calls {callee.name} with keyword arguments")
+                raise CorruptCheckpointError(f"the pickle calls {callee.name[:80]} with keyword arguments")
             self._stack.append(self._builders[callee.name](args, self.charge))
         elif isinstance(callee, Global | Record):
             self._stack.append(Record(callee.name, (*args, kwargs) if kwargs else args))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -9,14 +10,13 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
-from ..arrays import contiguous, release
+from ..arrays import PIECE, contiguous, release
 from ..errors import CheckpointError
 from .folder import CONFIGS, find_weights, inside
 from .provenance import FILENAME, Hashes, versions
@@ -33,7 +33,6 @@ BESIDE = (
 """Files of a source folder that go into every folder made from it."""
 
 _MAX_BESIDE = 256 << 20
-_CHUNK = 16 << 20
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -44,6 +43,7 @@ def write_folder(
     *,
     filename: str = "model.safetensors",
     source: str | os.PathLike[str] | None = None,
+    hashes: Hashes | None = None,
     provenance: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -61,6 +61,7 @@ def write_folder(
         filename: of the weights: `*.safetensors`, or `*.bin` (torch.save; needs torch).
         source: file or folder that was converted: its hashes go into provenance.json; of a folder tokenizer,
             generation_config.json, LICENSE and README are copied.
+        hashes: of the source, if they are being computed (`hashes_of`).
         provenance: more for provenance.json.
         overwrite: replace the folder if it was written by this function (it has a provenance.json).
         progress: called with (bytes of tensors written, bytes in all).
@@ -82,7 +83,7 @@ def write_folder(
         with open(partial / filename, "xb") as stream:
             write(stream, items, progress)
 
-    return _write(folder, weights, config, source, provenance, overwrite, check)
+    return _write(folder, weights, config, source, hashes, provenance, overwrite, check)
 
 
 def write_file(
@@ -124,6 +125,7 @@ def write_orbax(
     config: Mapping[str, Any] | None,
     *,
     source: str | os.PathLike[str] | None = None,
+    hashes: Hashes | None = None,
     provenance: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     check: Check | None = None,
@@ -131,7 +133,7 @@ def write_orbax(
     """Write a pytree of arrays as an orbax checkpoint in `folder/state`, with the files of `write_folder` beside it.
 
     Args:
-        folder, config, source, provenance, overwrite, check: as for `write_folder`.
+        folder, config, source, hashes, provenance, overwrite, check: as for `write_folder`.
         tree: of arrays, such as `nnx.to_pure_dict(nnx.state(model))`.
 
     Raises:
@@ -146,10 +148,10 @@ def write_orbax(
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(partial.absolute() / "state", tree)
 
-    return _write(folder, weights, config, source, provenance, overwrite, check)
+    return _write(folder, weights, config, source, hashes, provenance, overwrite, check)
 
 
-@contextmanager
+@contextlib.contextmanager
 def atomic_folder(
     folder: str | os.PathLike[str], *, overwrite: bool = False, source: str | os.PathLike[str] | None = None
 ) -> Iterator[Path]:
@@ -198,6 +200,22 @@ def copy_beside(source: str | os.PathLike[str] | None, folder: Path) -> list[str
     return chosen
 
 
+def hashes_of(source: str | os.PathLike[str] | None) -> Hashes:
+    """The hashes of the weights, index and configuration of a file or folder, being computed from now on.
+
+    Raises:
+        As `find_weights`.
+    """
+    if source is None:
+        return Hashes([])
+    path = Path(source)
+    if not path.is_dir():
+        return Hashes([path])
+    index, weights, _ = find_weights(path)
+    configs = [inside(path, name) for name in CONFIGS if (path / name).exists()]
+    return Hashes([*weights, *([index] if index else []), *configs])
+
+
 def write_safetensors(stream: IO[bytes], items: Mapping[str, Any], progress: Progress | None = None) -> None:
     """The header, then tensor by tensor.
 
@@ -222,8 +240,8 @@ def write_safetensors(stream: IO[bytes], items: Mapping[str, Any], progress: Pro
     stream.write(len(text).to_bytes(8, "little") + text)
     for name, value, data in _ahead(items, order):
         first = header[name]["data_offsets"][0]
-        for start in range(0, len(data), _CHUNK):
-            chunk = data[start : start + _CHUNK]
+        for start in range(0, len(data), PIECE):
+            chunk = data[start : start + PIECE]
             stream.write(chunk.data)
             if progress is not None:
                 progress(first + start + len(chunk), total)
@@ -260,11 +278,13 @@ def _write(
     weights: Callable[[Path], None],
     config: Mapping[str, Any] | None,
     source: str | os.PathLike[str] | None,
+    hashes: Hashes | None,
     provenance: Mapping[str, Any] | None,
     overwrite: bool,
     check: Check | None,
 ) -> Path:
-    with Hashes(_hashed(source)) as hashes, atomic_folder(folder, overwrite=overwrite, source=source) as partial:
+    computing = hashes_of(source) if hashes is None else contextlib.nullcontext(hashes)
+    with computing as hashes, atomic_folder(folder, overwrite=overwrite, source=source) as partial:
         copied = copy_beside(source, partial)
         if config is not None:
             _write_json(partial / "config.json", config)
@@ -309,17 +329,6 @@ def _items(tensors: Tensors) -> Mapping[Any, Any]:
     if not result or "__metadata__" in result:
         raise ValueError("expected at least one tensor, and none called '__metadata__'")
     return result
-
-
-def _hashed(source: str | os.PathLike[str] | None) -> list[Path]:
-    if source is None:
-        return []
-    path = Path(source)
-    if not path.is_dir():
-        return [path]
-    index, weights, _ = find_weights(path)
-    configs = [inside(path, name) for name in CONFIGS if (path / name).exists()]
-    return [*weights, *([index] if index else []), *configs]
 
 
 def _describe(source: Path, hashes: Hashes) -> dict[str, Any]:

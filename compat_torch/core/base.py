@@ -81,6 +81,14 @@ class LRNN(nnx.Module):
             raise ValueError(f"{self._name} is time-invariant and cannot use integration_timesteps; pass None")
         return self.step(x, cache)
 
+    def _compact(self, cache: Any) -> Any:
+        """The cache as a loop over steps carries it, if `step` takes a smaller form too."""
+        return cache
+
+    def _restored(self, cache: Any) -> Any:
+        """The inverse of `_compact`."""
+        return cache
+
     def step(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """One step: `(y, cache)`."""
         raise NotImplementedError

@@ -57,13 +57,13 @@ class Block(nnx.Module):
         Args:
             hidden_states: output of the block before, (B, L, dim).
             residual: the stream before it is added; None is 0.
-            integration_timesteps: for a time-varying mixer in event mode; an LTI mixer does without.
+            integration_timesteps: for a mixer with an event mode; another does without, as in lrnnx.
             lengths: int (B,): valid steps of each row.
             inference_cache: of the mixer.
         """
 
         def mix(x):
-            extra = {"integration_timesteps": integration_timesteps} if isinstance(self.mixer, LTV_LRNN) else {}
+            extra = {"integration_timesteps": integration_timesteps} if has_event_mode(self.mixer) else {}
             out = self.mixer(x, lengths=lengths, inference_cache=inference_cache, **extra)
             if inference_cache is not None:
                 return out
@@ -76,7 +76,7 @@ class Block(nnx.Module):
         """One step: `(hidden_states, residual, cache)`."""
 
         def mix(x):
-            timesteps = integration_timesteps if isinstance(self.mixer, LTV_LRNN) else None
+            timesteps = integration_timesteps if has_event_mode(self.mixer) else None
             y, after = self.mixer._advance(x[:, 0], cache, timesteps)
             return y[:, None], after
 
@@ -94,6 +94,11 @@ class Block(nnx.Module):
         residual = hidden_states if residual is None else hidden_states + residual
         x = normalise(norm, residual)
         return x, residual.astype(jnp.result_type(residual, jnp.float32)) if self.residual_in_fp32 else residual
+
+
+def has_event_mode(layer: Any) -> bool:
+    """Whether `integration_timesteps` has an effect on the layer."""
+    return isinstance(layer, LTV_LRNN) and layer._event_mode
 
 
 def normalise(norm: nnx.LayerNorm | nnx.RMSNorm, x: Float[Array, "*L H"]) -> Float[Array, "*L H"]:

@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from flax import nnx
 
+from spyx.ops.dtypes import x64_enabled
+
 from .. import interop
 from ._layout import Structure, random_streams, slots
 
@@ -66,6 +68,7 @@ class Plan:
 
 
 TENSOR = "tensor"
+_WIDE = (torch.float64, torch.complex128)
 
 
 @jax.tree_util.register_static
@@ -123,7 +126,7 @@ class _Call:
     answer: Answer = field(init=False)
 
     def plain(self, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        arrays = [interop.to_jax(tensor.detach()) for tensor in tensors]
+        arrays = list(map(_argument, tensors))
         outputs, self.answer = jax.block_until_ready(_plain(self.plan, arrays, self.seed))
         return _owned(outputs, arrays)
 
@@ -131,7 +134,7 @@ class _Call:
 class _Differentiable(torch.autograd.Function):
     @staticmethod
     def forward(ctx, call: _Call, *tensors: torch.Tensor):  # type: ignore[override]
-        arrays = [interop.to_jax(tensor) for tensor in tensors]
+        arrays = list(map(_argument, tensors))
         needed = tuple(ctx.needs_input_grad[1:])
         linearised = jax.block_until_ready(_linearised(call.plan, needed, arrays, call.seed))
         outputs, call.answer, residuals, pullback = linearised
@@ -169,20 +172,20 @@ def _pulled(
     pullback: Pullback, saved: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor]
 ) -> tuple[torch.Tensor | None, ...]:
     """The gradients of the tensors that went in; None where they are not needed."""
-    leaves = [interop.to_jax(tensor.detach()) for tensor in saved]
-    cotangents = [interop.to_jax(gradients[i].detach()) for i in pullback.inexact]
+    leaves = list(map(_argument, saved))
+    cotangents = [_argument(gradients[i]) for i in pullback.inexact]
     pulled = jax.block_until_ready(_pull(pullback, leaves, cotangents))
     found = iter(_owned(pulled, [*leaves, *cotangents]))
     return tuple(next(found) if need else None for need in pullback.needed)
 
 
 @partial(jax.jit, static_argnums=0)
-def _plain(plan: Plan, arrays: list[jax.Array], seed: Any):
+def _plain(plan: Plan, arrays: list[Any], seed: Any):
     return _evaluate(plan, _native(plan, dict(enumerate(arrays))), seed)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _linearised(plan: Plan, needed: tuple[bool, ...], arrays: list[jax.Array], seed: Any):
+def _linearised(plan: Plan, needed: tuple[bool, ...], arrays: list[Any], seed: Any):
     native = _native(plan, dict(enumerate(arrays)))
     chosen = {i: native[i] for i, need in enumerate(needed) if need}
 
@@ -203,7 +206,7 @@ def _linearised(plan: Plan, needed: tuple[bool, ...], arrays: list[jax.Array], s
 
 
 @partial(jax.jit, static_argnums=0)
-def _pull(pullback: Pullback, saved: list[jax.Array], cotangents: list[jax.Array]) -> list[jax.Array]:
+def _pull(pullback: Pullback, saved: list[Any], cotangents: list[Any]) -> list[jax.Array]:
     """torch's gradient of a complex number is dL/dRe + i dL/dIm, JAX's is its conjugate."""
     given = [source for source in pullback.sources if source is not None]
     native = _native(pullback.plan, dict(zip(given, saved, strict=False)))
@@ -294,7 +297,18 @@ def _is_inexact(array: jax.Array) -> bool:
     return jnp.issubdtype(array.dtype, jnp.inexact)
 
 
-def _owned(arrays: Sequence[jax.Array], others: Sequence[jax.Array]) -> tuple[torch.Tensor, ...]:
+def _argument(tensor: torch.Tensor) -> jax.Array | np.ndarray:
+    """The tensor for a compiled function that ends before anything else is done with its memory.
+
+    JAX takes the memory of a NumPy array without a copy, as through DLPack, in a tenth of the time.
+    """
+    floating = tensor.is_floating_point() or tensor.is_complex()
+    if tensor.device.type != "cpu" or not floating or (tensor.dtype in _WIDE and not x64_enabled()):
+        return interop.to_jax(tensor.detach())
+    return interop.to_numpy(tensor)
+
+
+def _owned(arrays: Sequence[jax.Array], others: Sequence[jax.Array | np.ndarray]) -> tuple[torch.Tensor, ...]:
     """The arrays as tensors that share memory neither with `others` nor with each other."""
     taken = {pointer for array in others if (pointer := _pointer(array)) is not None}
     tensors = []
@@ -306,5 +320,7 @@ def _owned(arrays: Sequence[jax.Array], others: Sequence[jax.Array]) -> tuple[to
     return tuple(tensors)
 
 
-def _pointer(array: jax.Array) -> int | None:
-    return array.unsafe_buffer_pointer() if array.size else None
+def _pointer(array: jax.Array | np.ndarray) -> int | None:
+    if not array.size:
+        return None
+    return array.ctypes.data if isinstance(array, np.ndarray) else array.unsafe_buffer_pointer()

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-import functools
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,9 +13,8 @@ from flax import nnx
 from .. import interop
 from ..checkpoint.detection import Content, choose, describe
 from ..checkpoint.formats import TABLE, Format
+from ._attributes import read_arguments, take_hints
 from .module import JaxModule
-
-_MISSING = object()
 
 # Pattern of the class path -> name of the checkpoint format; None: config and names tell which one.
 KNOWN: dict[str, str | None] = {
@@ -41,6 +38,7 @@ KNOWN: dict[str, str | None] = {
     "transformers.models.falcon_mamba.modeling_falcon_mamba:FalconMambaForCausalLM": "hf.falcon_mamba",
     "transformers.models.recurrent_gemma.modeling_recurrent_gemma:RecurrentGemmaForCausalLM": "hf.recurrent_gemma",
     "*s4:S4Block": "s4.S4Block",
+    "*s4block:S4Block": "s4.S4Block",
     "*s4d:S4D": "s4.S4D",
     "s5.s5_model:S5": "s5_pytorch.S5",
     "s5.s5_model:S5Block": "s5_pytorch.S5Block",
@@ -72,8 +70,8 @@ def from_torch(module: torch.nn.Module, *, dtype: Any = None, **kwargs: Any) -> 
             raise TypeError(f"from_torch: a {type(module).__name__} of compat_torch.nn takes no further arguments")
         return module.to_jax()
     path = f"{type(module).__module__}:{type(module).__qualname__}"
-    found = next((name for pattern, name in KNOWN.items() if fnmatch.fnmatchcase(path, pattern)), _MISSING)
-    if found is _MISSING:
+    known = next((pattern for pattern in KNOWN if fnmatch.fnmatchcase(path, pattern)), None)
+    if known is None:
         raise TypeError(
             f"from_torch does not know {path}; it knows the modules of compat_torch.nn and "
             + ", ".join(KNOWN)
@@ -81,7 +79,7 @@ def from_torch(module: torch.nn.Module, *, dtype: Any = None, **kwargs: Any) -> 
         )
     tensors = {name: interop.to_numpy(tensor) for name, tensor in module.state_dict().items()}
     content = Content(path, tensors, _configuration(module), {}, (), ())
-    entry, fit, evidence = choose(content, found)  # type: ignore[arg-type]
+    entry, fit, evidence = choose(content, KNOWN[known])
     given = {**_arguments(module, entry, kwargs), **kwargs}
     detection = describe(content, entry, fit, evidence, given)
     if detection.asks:
@@ -89,6 +87,7 @@ def from_torch(module: torch.nn.Module, *, dtype: Any = None, **kwargs: Any) -> 
     cls = entry.load_class()
     result: Any = nnx.eval_shape(lambda: cls(**detection.arguments))
     result.load_state_dict(entry.read(entry.canonical(tensors)), dtype=dtype)
+    take_hints(result, module)
     result.train() if module.training else result.eval()
     return result
 
@@ -100,38 +99,13 @@ def _configuration(module: Any) -> dict[str, Any] | None:
     return dict(vars(config)) if dataclasses.is_dataclass(config) else None
 
 
-def _arguments(module: Any, entry: Format, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def _arguments(module: Any, entry: Format, given: Mapping[str, Any]) -> dict[str, Any]:
     """What the tensors of a layer or model do not say, off its attributes.
 
     Raises:
         ValueError: it is not there.
     """
-    if entry.name in _MODELS:
-        return _MODELS[entry.name](module)
-    wanted = dict.fromkeys((*entry.asks, *entry.assumes))
-    values = {name: _attribute(module, name) for name in wanted if name not in kwargs}
-    if missing := [name for name, value in values.items() if value is _MISSING]:
-        raise ValueError(
-            f"from_torch: {type(module).__name__} does not keep {', '.join(missing)}: pass from_torch(module, "
-            + ", ".join(f"{name}=..." for name in missing)
-            + ")"
-        )
-    drop = getattr(module, "drop", None)
-    parameters = inspect.signature(entry.load_class().__init__).parameters
-    if "dropout" in parameters and "dropout" not in kwargs and drop is not None:
-        values["dropout"] = getattr(drop, "p", 0.0)
-    return values
-
-
-def _attribute(module: Any, name: str) -> Any:
-    for owner in ("", "layer", "layer.kernel"):
-        found = functools.reduce(lambda part, step: getattr(part, step, None), filter(None, owner.split(".")), module)
-        value = getattr(found, name, _MISSING)
-        if value is None or isinstance(value, bool | int | float | str):
-            return value
-    if name == "discretization":
-        return getattr(getattr(module, "discretize_fn", None), "__name__", _MISSING)
-    return _MISSING
+    return _MODELS[entry.name](module) if entry.name in _MODELS else read_arguments(module, entry, given)
 
 
 def _layer(module: Any) -> dict[str, Any]:

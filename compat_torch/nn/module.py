@@ -196,6 +196,8 @@ class JaxModule(torch.nn.Module):
             if "_template" not in vars(self) or name.startswith("_") or hasattr(nnx.Module, name):
                 raise
         value = getattr(vars(self)["_template"], name)
+        if isinstance(value, nnx.Variable | nnx.Module):  # torch has taken it out, as parametrizations do
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         if not inspect.ismethod(value):
             return value
         return getattr(self.to_jax(), name) if name in _ON_HOST else functools.partial(self._invoke, name)
@@ -214,8 +216,8 @@ class JaxModule(torch.nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> JaxModule:
         """A copy with the attributes of its parameters (`_optim`, ...), which torch would drop."""
-        twin = memo[id(self)] = _blank(type(self).jax_class)
-        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        twin = memo[id(self)] = type(self).__new__(type(self))
+        twin.__setstate__(copy.deepcopy(JaxModule.__getstate__(self), memo))
         for name, parameter in self._parameters.items():
             if parameter is not None:
                 vars(twin._parameters[name]).update(copy.deepcopy(vars(parameter), memo))

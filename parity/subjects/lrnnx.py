@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
 from compat_torch.architectures.classifier import Classifier
 from compat_torch.architectures.language_model import LRNNLMHeadModel
+from compat_torch.architectures.lru_unet import LRUUnet
 from compat_torch.models import lti, ltv
 from spyx.ssm import LRU
 
@@ -31,17 +33,28 @@ def _classifier() -> Subject:
 
 
 def _language_model() -> Subject:
+    """The language model; a case may have, as "prompt" beside the arguments, how many tokens go before the steps."""
+
+    def make(kwargs: dict[str, Any], params: Params) -> tuple[Any, int]:
+        arguments = {name: value for name, value in kwargs.items() if name != "prompt"}
+        return build(LRNNLMHeadModel, arguments, params), kwargs.get("prompt", 0)
+
     def forward(kwargs: dict[str, Any], params: Params, x: Array, **inputs: Array) -> Array:
-        return build(LRNNLMHeadModel, kwargs, params)(x, **inputs).logits
+        return make(kwargs, params)[0](x, **inputs).logits
 
     def steps(kwargs: dict[str, Any], params: Params, x: Array, **inputs: Array) -> Array:
-        model = build(LRNNLMHeadModel, kwargs, params)
+        model, prompt = make(kwargs, params)
+        arrays = {"input_ids": x, **inputs}
+        first = {name: value[:, :prompt] for name, value in arrays.items()}
+        rest = {name: jnp.swapaxes(value[:, prompt:], 0, 1)[..., None] for name, value in arrays.items()}
 
-        def step(ids, cache):
-            out, cache = model.step(ids[:, None], cache)
-            return out.logits[:, 0], cache
+        def step(cache, now):
+            out, cache = model.step(caches=cache, **now)
+            return cache, out.logits[:, 0]
 
-        return scan_steps(step, model.allocate_inference_cache(*x.shape), x)
+        out, cache = model.prefill(cache=model.allocate_inference_cache(*x.shape), **first)
+        logits = jax.lax.scan(step, cache, rest)[1]
+        return jnp.concatenate([out.logits, jnp.swapaxes(logits, 0, 1)], 1)
 
     return Subject("compat_torch.LRNNLMHeadModel", forward, steps)
 
@@ -75,6 +88,7 @@ def _spyx_lru_steps(kwargs, params: Params, x: Float[Array, "B L H"]) -> Float[A
 SUBJECTS: dict[str, list[Subject]] = {
     "lrnnx.architectures.classifier:Classifier": [_classifier()],
     "lrnnx.architectures.language_model:LRNNLMHeadModel": [_language_model()],
+    "lrnnx.architectures.lru_unet:LRUUnet": [compat(LRUUnet)],
     **{
         f"lrnnx.models.lti.centaurus:{cls.__name__}": [compat(cls)]
         for cls in (lti.CentaurusNeck, lti.CentaurusPWNeck, lti.CentaurusDWS, lti.CentaurusFull)

@@ -7,6 +7,7 @@ from .scan import linear_scan
 from .selective import selective_scan, selective_state_update
 from .ssd import ssd, ssd_state_update
 from .ssm_kernels import cauchy_kernel, vandermonde_kernel
+from .vandermonde_conv import vandermonde_conv
 
 __all__ = [
     "async_",
@@ -24,6 +25,7 @@ __all__ = [
     "selective_state_update",
     "ssd",
     "ssd_state_update",
+    "vandermonde_conv",
     "vandermonde_kernel",
     "zoh",
 ]

@@ -14,9 +14,10 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from ._blocked import cut, factor, over_blocks, previous, quarter_turn, run, run_adjoint
+from .dispatch import platform_primitive
 
 _BLOCK_BYTES = 4 << 20
-_MAX_ROWS = 2048
+_MAX_ROWS = 1024
 _MIN_BLOCKS = 8
 _AXIS = -2
 
@@ -44,19 +45,20 @@ def saved_states(system: System, u, h0):
     return jnp.zeros((-(-u.shape[0] // block_length(system, u, h0)), *h0.shape), h0.dtype)
 
 
-def forward(system: System, u, h0, reset, valid, *, reverse: bool, precision):
+def forward(system: System, u, h0, reset, valid, *, reverse: bool, precision, by_platform: bool):
     """The whole layer, block by block.
 
     Args:
         system: parameters.
         u: (T, B, H) in any real dtype, padding included. h0: (B, P, N).
         reset: bool (T, 1 or B, 1, 1) or None. valid: bool (T, B, 1, 1) or None.
+        by_platform: CPUs may run the scan of a block by a kernel of `spyx.ops.native`.
 
     Returns:
         y (T, B, K) in the dtype of u, h_last (B, P, N), and the states before the blocks.
     """
     T, B, _ = u.shape
-    L, lam = block_length(system, u, h0), factor(system.lam, _AXIS)
+    L, scan = block_length(system, u, h0), _scan_by_platform if by_platform else _scan
 
     def block(state, i, start, steps):
         h, y, before = state
@@ -64,7 +66,7 @@ def forward(system: System, u, h0, reset, valid, *, reverse: bool, precision):
         before = lax.dynamic_update_index_in_dim(before, h, i, 0)
         u_b = clear(cut(u, start, steps), valid_b, h.dtype)
         x = project(u_b, system.B, h.shape[1], precision)
-        h, H = run(lam, x, h, reset_b, valid_b, axis=_AXIS, varying=False, reverse=reverse)
+        h, H = scan(system.lam, x, h, reset_b, valid_b, reverse=reverse)
         y_b = clear(read_out(H, u_b, system, precision), valid_b, y.dtype)
         return h, lax.dynamic_update_slice_in_dim(y, y_b, start, 0), before
 
@@ -73,10 +75,10 @@ def forward(system: System, u, h0, reset, valid, *, reverse: bool, precision):
     return y, h, before
 
 
-def adjoint(system: System, u, h0, reset, valid, before, dy, dh_last, *, reverse: bool, precision):
+def adjoint(system: System, u, h0, reset, valid, before, dy, dh_last, *, reverse: bool, precision, by_platform: bool):
     """Transpose of `forward` with its arguments and the states `before` the blocks: `(d_system, du, dh0)`."""
     T, P = u.shape[0], h0.shape[1]
-    L, lam = block_length(system, u, h0), factor(system.lam, _AXIS)
+    L, transpose = block_length(system, u, h0), _transpose_by_platform if by_platform else _transpose
 
     def block(state, i, start, steps):
         c, du, total = state
@@ -85,13 +87,12 @@ def adjoint(system: System, u, h0, reset, valid, before, dy, dh_last, *, reverse
         dy_b = clear(cut(dy, start, steps), valid_b, h0.dtype)
         h = lax.dynamic_index_in_dim(before, i, 0, keepdims=False)
         x = project(u_b, system.B, P, precision)
-        _, H = run(lam, x, h, reset_b, valid_b, axis=_AXIS, varying=False, reverse=reverse)
         dH = project(dy_b, system.C, P, precision)
-        c, G = run_adjoint(lam, dH, c, reset_b, valid_b, axis=_AXIS, varying=False, reverse=reverse)
+        H, d_lam, G, c = transpose(system.lam, x, h, dH, c, reset_b, valid_b, reverse=reverse)
         du_b, dD = _input_cotangent(G, dy_b, u_b, system, precision)
         du = lax.dynamic_update_slice_in_dim(du, clear(du_b, valid_b, du.dtype), start, 0)
         parts = System(
-            _decay_cotangent(G, previous(h, H, reset_b, reverse), system.lam.shape[0]),
+            d_lam,
             _outer(G, u_b, system.B.shape[0], precision),
             _outer(H, dy_b, system.C.shape[0], precision),
             dD,
@@ -99,8 +100,52 @@ def adjoint(system: System, u, h0, reset, valid, before, dy, dh_last, *, reverse
         return c, du, jax.tree.map(jnp.add, total, parts)
 
     zero = jax.tree.map(jnp.zeros_like, system)
+    zero = zero._replace(**{name: jnp.zeros(_turned(getattr(system, name).shape), h0.dtype) for name in "BC"})
     c, du, total = over_blocks(block, (dh_last, jnp.zeros_like(u), zero), T, L, reverse=not reverse)
-    return total, du, c
+    return total._replace(B=total.B.transpose(1, 2, 0), C=total.C.transpose(1, 2, 0)), du, c
+
+
+def _turned(shape):
+    return shape[-1], *shape[:-1]
+
+
+def _scan(lam, x, h, reset, valid, *, reverse: bool):
+    """One block: `(h_last, H)` from the inputs x (L, B, P, N) and the state h before it."""
+    return run(factor(lam, _AXIS), x, h, reset, valid, axis=_AXIS, varying=False, reverse=reverse)
+
+
+def _transpose(lam, x, h, dH, c, reset, valid, *, reverse: bool):
+    """`_scan`, and its transpose: `(H, d_lam, G, c_before)` from the cotangents dH of H and c of h_last."""
+    a, how = factor(lam, _AXIS), {"axis": _AXIS, "varying": False, "reverse": reverse}
+    _, H = run(a, x, h, reset, valid, **how)
+    c, G = run_adjoint(a, dH, c, reset, valid, **how)
+    return H, _decay_cotangent(G, previous(h, H, reset, reverse), lam.shape[0]), G, c
+
+
+def _native_scan(lam, x, h, reset, valid, *, reverse: bool):
+    from .native import linear
+
+    if not linear.fits_block(x):
+        return _scan(lam, x, h, reset, valid, reverse=reverse)
+    return linear.run(_both(lam, h), x, h, reset, valid, reverse=reverse)
+
+
+def _native_transpose(lam, x, h, *others, reverse: bool):
+    from .native import linear
+
+    if not linear.fits_block(x):
+        return _transpose(lam, x, h, *others, reverse=reverse)
+    H, d_lam, G, c = linear.run_adjoint(_both(lam, h), x, h, *others, reverse=reverse)
+    return H, d_lam[: lam.shape[0]], G, c
+
+
+def _both(lam, h):
+    """lam (P', N) with as many parts as the state (B, P, N) has."""
+    return jnp.pad(lam, ((0, h.shape[1] - lam.shape[0]), (0, 0)))
+
+
+_scan_by_platform = platform_primitive("diagonal_scan", _scan, native=_native_scan)
+_transpose_by_platform = platform_primitive("diagonal_scan_transpose", _transpose, native=_native_transpose)
 
 
 def clear(z, valid, dtype):
@@ -138,10 +183,10 @@ def _rows(h, parts):
 
 
 def _outer(h, z, parts, precision):
-    """Sum over rows of h (L, B, P, N) times z (L, B, H), as (parts, N, H)."""
+    """Sum over rows of z (L, B, H) times h (L, B, P, N), as (H, parts, N): the faster of the two orders."""
     L, B, H = z.shape
-    product = jnp.einsum("rn,rh->nh", _rows(h, parts), z.reshape(L * B, H), precision=precision)
-    return product.reshape(parts, h.shape[-1], H)
+    product = jnp.einsum("rh,rn->hn", z.reshape(L * B, H), _rows(h, parts), precision=precision)
+    return product.reshape(H, parts, h.shape[-1])
 
 
 def _input_cotangent(G, dy, u, system, precision):

@@ -170,7 +170,11 @@ class _How(NamedTuple):
 
     @property
     def streamed(self) -> dict:
-        return {"reverse": self.scan.reverse, "precision": self.precision}
+        return {
+            "reverse": self.scan.reverse,
+            "precision": self.precision,
+            "by_platform": self.scan.method == "auto",
+        }
 
 
 @partial(jax.jit, static_argnames=("reverse", "conj_sym", "method", "precision"))

@@ -6,8 +6,10 @@ every branch is lowered for every platform. A primitive with a lowering rule per
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -15,11 +17,18 @@ from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
 
+@cache
+def native_kernels() -> bool:
+    """Whether CPUs run the kernels of `spyx.ops.native`: numba is installed, SPYX_NATIVE is not 0."""
+    return os.environ.get("SPYX_NATIVE", "1") != "0" and importlib.util.find_spec("numba") is not None
+
+
 def platform_primitive(
     name: str,
     default: Callable[..., Any],
     *,
     cpu: Callable[..., Any] | None = None,
+    native: Callable[..., Any] | None = None,
     cuda: Callable[..., Any] | None = None,
     tpu: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
@@ -38,6 +47,8 @@ def platform_primitive(
         name: of the primitive, as shown in jaxprs.
         default: plain JAX implementation.
         cpu: implementation for CPUs; None is `default`, as for the others.
+        native: one for CPUs by the compiled kernels of `spyx.ops.native`, used instead of `cpu` where
+            `native_kernels()` says so and the program is not exported: an exported program stands alone.
         cuda: implementation for NVIDIA GPUs.
         tpu: implementation for TPUs.
 
@@ -73,6 +84,15 @@ def platform_primitive(
         if implementation is not None:
             rule = mlir.lower_fun(partial(run, implementation), multiple_results=True)
             mlir.register_lowering(primitive, rule, platform=platform)
+    if native is not None:
+        in_xla = mlir.lower_fun(partial(run, cpu or default), multiple_results=True)
+        compiled = mlir.lower_fun(partial(run, native), multiple_results=True)
+
+        def choose(context, *args, **params):
+            exported = context.module_context.lowering_parameters.for_export
+            return (in_xla if exported or not native_kernels() else compiled)(context, *args, **params)
+
+        mlir.register_lowering(primitive, choose, platform="cpu")
 
     def call(*trees: Any, **static: Any) -> Any:
         leaves, tree = jax.tree.flatten(trees)

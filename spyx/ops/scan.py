@@ -236,10 +236,30 @@ def _streamed_forward(values, masks, *, reverse: bool, required: bool):
     return (h, h_last), before
 
 
+def _native_forward(values, masks, *, reverse: bool, required: bool):
+    from .native import linear
+
+    x, h0 = values[1:]
+    if required or not linear.fits(*values, *masks):
+        return _streamed_forward(values, masks, reverse=reverse, required=required)
+    h, h_last, before = linear.scan(*values, *masks, reverse=reverse, steps=_blocked.block_length(x.shape, h0.dtype))
+    return (h, h_last), before
+
+
 def _streamed_adjoint(values, masks, saved, cotangents, *, reverse: bool, required: bool):
     del required
     (a, x, h0), (reset, valid), (dh, dh_last) = values, masks, cotangents
     return _blocked.adjoint(a, x, h0, reset, valid, saved, dh, dh_last, reverse=reverse)
+
+
+def _native_adjoint(values, masks, saved, cotangents, *, reverse: bool, required: bool):
+    from .native import linear
+
+    (a, x, h0), (reset, valid), (dh, dh_last) = values, masks, cotangents
+    if not linear.fits(a, x, h0, reset, valid):
+        return _streamed_adjoint(values, masks, saved, cotangents, reverse=reverse, required=required)
+    steps = _blocked.block_length(x.shape, h0.dtype)
+    return linear.scan_adjoint(a, x, h0, reset, valid, saved, dh, dh_last, reverse=reverse, steps=steps)
 
 
 def _parallel_forward(values, masks, *, reverse: bool, required: bool):
@@ -283,12 +303,12 @@ def _kernel_adjoint(platform: str, values, masks, saved, cotangents, *, reverse:
 
 
 _forward_by_platform = platform_primitive(
-    "linear_scan", _parallel_forward,
-    cpu=_streamed_forward, cuda=partial(_kernel_forward, "gpu"), tpu=partial(_kernel_forward, "tpu"),
+    "linear_scan", _parallel_forward, cpu=_streamed_forward, native=_native_forward,
+    cuda=partial(_kernel_forward, "gpu"), tpu=partial(_kernel_forward, "tpu"),
 )  # fmt: skip
 _adjoint_by_platform = platform_primitive(
-    "linear_scan_adjoint", _parallel_adjoint,
-    cpu=_streamed_adjoint, cuda=partial(_kernel_adjoint, "gpu"), tpu=partial(_kernel_adjoint, "tpu"),
+    "linear_scan_adjoint", _parallel_adjoint, cpu=_streamed_adjoint, native=_native_adjoint,
+    cuda=partial(_kernel_adjoint, "gpu"), tpu=partial(_kernel_adjoint, "tpu"),
 )  # fmt: skip
 
 

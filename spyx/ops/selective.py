@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Complex, Float, Int
 
-from . import _selective_kernels
+from . import _selective_kernels, _selective_native
 from . import _selective_runs as runs
 from ._recomputed import recomputed
 from ._selective_step import Masks, Options, Steps, Weights, one_step
@@ -85,8 +85,9 @@ def selective_scan(
         method: "sequential" (lax.scan, every mode of differentiation), "blocked" (the same, with a reverse mode
             that saves a state per chunk and recomputes the rest; fastest on CPU), "associative" (parallel
             prefix in blocks of about 256 steps; every mode of differentiation), "pallas" (the hand kernels for TPU
-            and NVIDIA GPU, an error for what they do not take) or "auto" ("blocked" on CPU, the hand kernels
-            where they fit, "associative" elsewhere, chosen when lowered; reverse mode first, then any).
+            and NVIDIA GPU, an error for what they do not take) or "auto" (chosen when lowered: the hand kernels where
+            they fit, else "blocked" on CPU, "associative" on accelerators; reverse mode first, then any). The kernels
+            for CPU need numba, real A, float32 state and "mamba" without `dt_A`.
 
     Returns:
         y of shape (T, B, D) in the dtype of `u`; with `return_state`, `(y, state)` with state (B, D, N), complex
@@ -215,15 +216,15 @@ class _Layout:
         )
 
     def weights(self, A, D, dt_bias) -> Weights:
-        A = A.astype(self.dtype).reshape(self.G, -1, self.N).mT
-        rows = jnp.broadcast_to(A, (self.batch, *A.shape)).reshape(-1, *A.shape[1:])
+        A = A.astype(self.dtype).reshape(self.G, self.channels // self.G, self.N).mT
+        rows = jnp.broadcast_to(A, (self.batch, *A.shape)).reshape(self.batch * self.G, *A.shape[1:])
         D, dt_bias = (None if v is None else v.astype(self.real) for v in (D, dt_bias))
         return Weights(rows if self.G > 1 else A[0], D, dt_bias)
 
     def rows(self, state):
         if state is None:
             return jnp.zeros((self.batch * self.G, self.N, self.channels // self.G), self.dtype)
-        return state.astype(self.dtype).reshape(self.batch * self.G, -1, self.N).mT
+        return state.astype(self.dtype).reshape(self.batch * self.G, self.channels // self.G, self.N).mT
 
     def state(self, rows):
         return rows.mT.reshape(self.batch, self.channels, self.N)
@@ -328,13 +329,26 @@ def _kernel_backward(platform: str, steps, weights, masks, starts, dy, dh, *, o:
     return _selective_kernels.backward(kernels, o, steps, weights, masks, starts, dy, dh)
 
 
+def _native_forward(*args, o: Options):
+    _refuse_cpu(o)
+    steps, weights, _, h0 = args
+    return (_selective_native if _selective_native.fits(o, steps, weights, h0) else runs).forward_blocked(o, *args)
+
+
+def _native_backward(*args, o: Options):
+    steps, weights, dh = args[0], args[1], args[-1]
+    return (_selective_native if _selective_native.fits(o, steps, weights, dh) else runs).backward_blocked(o, *args)
+
+
 _forward_by_platform = platform_primitive(
     "selective_scan", _parallel_forward,
-    cpu=_blocked_forward, cuda=partial(_kernel_forward, "gpu"), tpu=partial(_kernel_forward, "tpu"),
+    cpu=_blocked_forward, native=_native_forward,
+    cuda=partial(_kernel_forward, "gpu"), tpu=partial(_kernel_forward, "tpu"),
 )  # fmt: skip
 _backward_by_platform = platform_primitive(
     "selective_scan_backward", _parallel_backward,
-    cpu=_blocked_backward, cuda=partial(_kernel_backward, "gpu"), tpu=partial(_kernel_backward, "tpu"),
+    cpu=_blocked_backward, native=_native_backward,
+    cuda=partial(_kernel_backward, "gpu"), tpu=partial(_kernel_backward, "tpu"),
 )  # fmt: skip
 
 

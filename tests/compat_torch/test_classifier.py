@@ -84,6 +84,19 @@ def test_outputs_and_gradients_are_those_of_the_definition(pooling, windows, ref
         close(ours[name], theirs[name], 2e-5)
 
 
+@pytest.mark.parametrize("seed", range(2))
+def test_gradients_of_maxima_are_whole_when_compiled(seed):
+    """A compiler that computes a value once more for its gradient must not lose which one was the maximum."""
+    model = make(seed, d_model=6, d_state=5, pooling="max", intermediate_pooling="max", lrnn_cls="LRU")
+    x, w = noise(2, 13, 3, seed=seed), noise(2, 5, seed=seed + 1)
+    oracle = torch_models.load(torch_models.Classifier(3, 5, 6, 5, 2), model.state_dict())
+    expected = oracle(torch.tensor(np.asarray(x)).double(), [13, 13], "max", [("max", 2)] * 2, "lrnnx")
+    theirs = torch_models.gradients(oracle, (expected * torch.tensor(np.asarray(w))).sum())
+    ours = gradients(model, lambda m: jnp.sum(m(x) * w))
+    for name in theirs:
+        close(ours[name], theirs[name], 2e-5)
+
+
 def test_token_ids():
     model = make(vocab_size=9, embedding_dim=3, padding_idx=2, num_classes=0, output_dim=2, pooling="mean")
     ids = np.random.default_rng(0).integers(0, 9, (3, 7))
@@ -206,6 +219,14 @@ def test_timesteps_reach_the_time_varying_layers():
     expected = final.output_proj(jnp.stack([h[0].mean(0), h[1, :2].mean(0)]))
     close(y, expected)
     assert jnp.abs(y - model(x, lengths)).max() > 1e-3
+
+
+def test_timesteps_pass_by_the_layers_without_an_event_mode():
+    model, x, ts = make(lrnn_cls=["RGLRU", "Mamba"]), noise(2, 5, 3), 0.5 + jnp.abs(noise(2, 5, seed=3))
+    h = model.blocks[0](model.input_proj(x))[0]
+    close(model(x, integration_timesteps=ts), model.final_block(h, ts))
+    with pytest.raises(ValueError, match="the layers are RGLRU, S7"):
+        make(lrnn_cls=["RGLRU", "S7"])(x, integration_timesteps=ts)
 
 
 # Layers
@@ -453,7 +474,7 @@ def test_what_a_call_refuses():
         model(x, jnp.ones(2))
     with pytest.raises(ValueError, match=r"lengths must have shape \(B,\)"):
         model(x, jnp.ones(3, int))
-    with pytest.raises(ValueError, match="needs a time-varying layer, the layers are LRU"):
+    with pytest.raises(ValueError, match=r"needs a layer with an event mode .*, the layers are LRU"):
         model(x, integration_timesteps=jnp.ones((2, 5)))
     events = make(lrnn_cls="Mamba")
     with pytest.raises(ValueError, match=r"must have shape \(B, L\) = \(2, 5\)"):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -15,6 +16,7 @@ from safetensors.numpy import load_file
 
 from compat_torch.architectures.language_model import LRNNLMHeadModel
 from compat_torch.errors import CheckpointError, StateDictMismatchError
+from compat_torch.layers import GatedMLP
 
 GOLDEN = Path(__file__).parents[2] / "parity" / "golden"
 KWARGS = {"S5": {"discretization": "zoh"}, "Centaurus": {"sub_state_dim": 2}, "attn": {"num_heads": 2, "causal": True}}
@@ -99,8 +101,19 @@ def test_integration_timesteps_reach_the_mixers_that_vary():
         out, cache = model.step(ids[:, t : t + 1], cache, dt[:, t])
         logits.append(out.logits)
     np.testing.assert_allclose(jnp.concatenate(logits, 1), whole, atol=2e-6)
-    with pytest.raises(ValueError, match="needs a time-varying mixer"):
+    with pytest.raises(ValueError, match="needs a mixer with an event mode"):
         make(("LRU",))(ids, integration_timesteps=dt)
+
+
+def test_integration_timesteps_pass_by_the_mixers_without_an_event_mode():
+    model, ids, dt = make(("Mamba", "S7", "LRU")), tokens(2, 4), jnp.full((2, 4), 0.5)
+    whole = model(ids, integration_timesteps=dt).logits
+    first, cache = model.prefill(ids[:, :3], model.allocate_inference_cache(2, 4), dt[:, :3])
+    last, _ = model.step(ids[:, 3:], cache, dt[:, 3:])
+    np.testing.assert_allclose(jnp.concatenate([first.logits, last.logits], 1), whole, atol=2e-6)
+    assert not np.allclose(whole, model(ids).logits)
+    with pytest.raises(ValueError, match=r"event mode \(Mamba\), the mixers are \('S7', 'LRU'\)"):
+        make(("S7", "LRU"))(ids, integration_timesteps=dt)
 
 
 def test_a_tied_head_is_the_embedding():
@@ -132,6 +145,50 @@ def test_a_saved_folder_loses_nothing(tmp_path):
     assert again.config == model.config
     np.testing.assert_array_equal(again(tokens(2, 5)).logits, model(tokens(2, 5)).logits)
     assert "lm_head.weight" not in load_file(tmp_path / "model" / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"dtype": jnp.bfloat16},
+        {"param_dtype": jnp.bfloat16, "tie_embeddings": False},
+        {"dtype": "bfloat16", "param_dtype": jnp.float32, "residual_in_fp32": True},
+        {"precision": jax.lax.Precision.DEFAULT, "reference": "paper", "norm_epsilon": 1e-3},
+        {"initializer_cfg": {"initializer_range": 0.5}, "fused_add_norm": False, "vocab_size": 8},
+    ],
+    ids=lambda arguments: "-".join(arguments),
+)
+def test_a_saved_folder_keeps_dtypes_ties_and_every_argument(arguments, tmp_path):
+    model = make(**arguments)
+    model.save_pretrained(tmp_path / "model")
+    again = LRNNLMHeadModel.from_pretrained(tmp_path / "model")
+    assert again.config == model.config
+    assert type(again.lm_head) is type(model.lm_head)
+    weights, loaded = model.state_dict(), again.state_dict()
+    assert {name: value.dtype for name, value in loaded.items()} == {n: v.dtype for n, v in weights.items()}
+    logits = model(tokens(2, 5)).logits
+    assert again(tokens(2, 5)).logits.dtype == logits.dtype
+    np.testing.assert_array_equal(again(tokens(2, 5)).logits, logits)
+
+
+def test_an_mlp_of_ones_own_is_asked_for_when_loading(tmp_path):
+    mlp = partial(GatedMLP, activation=jnp.tanh)
+    model = make(d_intermediate=4, mlp_cls=mlp)
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(CheckpointError, match=r"config\.json has its name only: pass mlp_cls to from_pretrained"):
+        LRNNLMHeadModel.from_pretrained(tmp_path / "model")
+    again = LRNNLMHeadModel.from_pretrained(tmp_path / "model", mlp_cls=mlp)
+    np.testing.assert_array_equal(again(tokens(2, 5)).logits, model(tokens(2, 5)).logits)
+
+
+def test_float64_weights_are_not_rounded():
+    with jax.enable_x64(True):
+        model = make(("LRU",), param_dtype=jnp.float64)
+        loaded = make(("LRU",), seed=1)
+        loaded.load_state_dict(model.state_dict())
+        logits = loaded(tokens(1, 4)).logits
+        assert logits.dtype == jnp.float64
+        np.testing.assert_allclose(logits, model(tokens(1, 4)).logits, atol=1e-14)
 
 
 @pytest.mark.parametrize("case", ["lrnnx_lm_lru_mamba_s5", "lrnnx_lm_rglru_s7_mlp_ln"])

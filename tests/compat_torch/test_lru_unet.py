@@ -61,7 +61,9 @@ def test_outputs_and_gradients_are_those_of_the_definition(kwargs, delays, T):
 
 
 def test_lrnnx_delays_by_one_step():
-    with pytest.warns(ReferenceDefectWarning, match=r"resample_factors \[3, 2\] outputs depend on later inputs"):
+    with pytest.warns(
+        ReferenceDefectWarning, match=r"resample_factors=\[3, 2\] output t depends on inputs up to t \+ 1"
+    ):
         model = make()
     x = noise(1, 2, 9)
     layout = (2, 1, model.channels[1:], model.resample_factors, (1, 1))
@@ -96,13 +98,21 @@ def test_causality(kwargs, lookahead):
     assert all(reach[t, t] > 0 for t in range(T))
 
 
-def test_one_delay_is_causal_for_factor_two_only():
+@pytest.mark.parametrize(("factors", "later"), [([4, 2], 2), ([2, 3], 2), ([1, 4], 1)])
+def test_the_warning_says_how_many_later_inputs_reach_an_output(factors, later):
     assert UpPool1D(4, 2, rngs=nnx.Rngs(0))(noise(1, 3, 4)).shape == (1, 6, 2)
-    with pytest.warns(ReferenceDefectWarning):
-        model = make(resample_factors=[4], channels=[3])
-    x = noise(2, 9, seed=2)
+    with pytest.warns(ReferenceDefectWarning, match=rf"inputs up to t \+ {later}\."):
+        model = make(resample_factors=factors, channels=[2, 3])
+    x = noise(2, 17, seed=2)
     reach = nnx.jit(lambda m: jnp.abs(jax.jacobian(lambda x: m(x[None])[0])(x)).sum((0, 2)))(model)
-    assert max(int(np.flatnonzero(row)[-1]) - t for t, row in enumerate(np.asarray(reach))) == 2
+    assert max(int(np.flatnonzero(row)[-1]) - t for t, row in enumerate(np.asarray(reach))) == later
+
+
+def test_the_default_arguments_warn_under_lrnnx_only():
+    with pytest.warns(ReferenceDefectWarning, match=r"resample_factors=\[4, 2\] .* t \+ 2\."):
+        LRUUnet(rngs=nnx.Rngs(0))
+    LRUUnet(reference="paper", rngs=nnx.Rngs(0))
+    LRUUnet(causal=False, rngs=nnx.Rngs(0))
 
 
 def test_names_and_widths():

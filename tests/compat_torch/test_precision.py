@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
+from compat_torch.architectures.original import S4Model
 from compat_torch.layers import MHA
-from compat_torch.models import lti, ltv
+from compat_torch.models import lti, ltv, original
 from compat_torch.models.lti import LRU, S5
 
 LAYERS = {"S5": lambda: S5(3, 4, "zoh"), "S5 conj": lambda: S5(3, 4, "zoh", True), "LRU": lambda: LRU(3, 4)}
@@ -21,6 +22,15 @@ MORE = {
     "RGLRU": lambda: ltv.RGLRU(3),
     "S7": lambda: ltv.S7(3, 4),
     "MHA": lambda: MHA(3, 1, causal=True),
+}
+ORIGINAL = {
+    "S4Block": lambda **how: original.S4Block(3, d_state=4, l_max=9, transposed=False, gate=2, bottleneck=1, **how),
+    "S4Block diag": lambda **how: original.S4Block(3, d_state=4, mode="diag", transposed=False, **how),
+    "S4D": lambda **how: original.S4D(3, 4, transposed=False, **how),
+    "S5SSM": lambda **how: original.S5SSM(3, 4, **how),
+    "S5": lambda **how: original.S5(3, 4, **how),
+    "S5Block": lambda **how: original.S5Block(3, 4, False, **how),
+    "S4Model": lambda **how: S4Model(3, 2, d_model=4, n_layers=1, **how),
 }
 
 
@@ -72,6 +82,28 @@ def test_every_float32_dot_of_the_other_layers_is_highest(name, platform):
         lines = dots(function, params, x, platform=platform)
         assert lines
         assert not_highest(lines) == []
+
+
+def precisions(lines):
+    """Of the float32 dots and convolutions; one that states none is computed in JAX's default."""
+    stated = [re.findall(r"\b(HIGHEST|HIGH|DEFAULT)\b", line) for line in lines if "f32" in line]
+    return {word for words in stated for word in words or ["DEFAULT"]}
+
+
+@pytest.mark.parametrize("platform", ["tpu", pytest.param("cuda", marks=pytest.mark.full)])
+@pytest.mark.parametrize("name", ORIGINAL)
+@pytest.mark.parametrize(("arguments", "wanted"), [({}, "HIGHEST"), ({"precision": "default"}, "DEFAULT")])
+def test_the_layers_of_the_original_authors_compute_in_the_precision_asked_for(name, platform, arguments, wanted):
+    def make():
+        layer = ORIGINAL[name](**arguments)
+        layer.eval()
+        return layer
+
+    (forward, gradient, step), params, x = pure(make)
+    # The model has no step; that of S4 sums over its states by a product with ones, always in float32.
+    functions = [forward, gradient] if wanted == "DEFAULT" or name == "S4Model" else [forward, gradient, step]
+    for function in functions:
+        assert precisions(dots(function, params, x, platform=platform)) == {wanted}
 
 
 def test_the_check_sees_a_default_dot_and_precision_is_the_callers():

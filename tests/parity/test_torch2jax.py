@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 
 from parity import __main__ as command
 from parity import torch2jax
-from parity.live import ReferenceMissingError
+from parity.live import Configuration, ReferenceMissingError
 
 
 @pytest.fixture
@@ -63,3 +63,17 @@ def test_as_functions(absent):
         next(torch2jax.rows(None, "float32"))
     with pytest.raises(ValueError, match="in float32 only, got dtype='float64'"):
         next(torch2jax.rows(None, "float64"))
+
+
+@pytest.mark.parametrize(
+    ("cls", "shape", "traced", "remark"),
+    [
+        ("lrnnx.models.ltv.mamba:Mamba", (1, 200, 7), (1, 12, 7), "12 of 200 steps"),
+        ("lrnnx.models.ltv.s7:S7", (2, 12, 3), (2, 12, 3), ""),
+        ("lrnnx.models.lti.s5:S5", (1, 200, 7), (1, 200, 7), ""),
+    ],
+)
+def test_loops_over_time_are_cut_and_say_so(cls, shape, traced, remark):
+    configuration, said, options = torch2jax._shortened(Configuration(cls, {}, shape))
+    assert (configuration.shape, said) == (traced, remark)
+    assert bool(options) == (".ltv." in cls)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import lrnnx_layers, lrnnx_models, mamba, recurrent_gemma, s4, s5
+from . import lrnnx_layers, lrnnx_models, lrnnx_unet, mamba, recurrent_gemma, s4, s5
 from .format import Fit, Format, Reading, Rename
 
 __all__ = ["FORMATS", "TABLE", "Fit", "Format", "Reading", "Rename"]
@@ -13,6 +13,7 @@ TABLE: dict[str, Format] = {
         *mamba.MODELS,
         *recurrent_gemma.MODELS,
         *lrnnx_models.MODELS,
+        *lrnnx_unet.MODELS,
         *lrnnx_layers.LAYERS,
         lrnnx_layers.MAMBA_LAYER,
         *s4.MODELS,

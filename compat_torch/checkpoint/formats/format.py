@@ -51,7 +51,10 @@ class Reading:
         sizes: the letters of the shapes that could be solved.
         config: config.json, if there is one.
         given: arguments of the caller, and hyper-parameters stored beside the weights.
-        asked: filled while arguments are inferred: what only the caller can give (as "name={...: ...}") -> its values.
+        asked: filled while arguments are inferred: what only the caller can give (a name, or "name={...: ...}") -> its
+            values.
+        taken: filled likewise: names of what is given that went into a configuration.
+        assumed: filled likewise: fields of a configuration that nothing gives -> their defaults.
     """
 
     tensors: Tensors
@@ -59,6 +62,8 @@ class Reading:
     config: Config | None = None
     given: Mapping[str, Any] = field(default_factory=dict)
     asked: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+    taken: set[str] = field(default_factory=set)
+    assumed: dict[str, Any] = field(default_factory=dict)
 
     def below(self, prefix: str) -> Reading:
         """The tensors below a dotted name, which is taken off."""
@@ -210,11 +215,23 @@ class Format:
                 return theirs, rename.write
         return name, unchanged
 
+    def covers(self, tensors: Tensors) -> bool:
+        """Every name has an entry in the table."""
+        return all(self._entry(name) is not None for name in self.canonical(tensors))
+
     def _entry(self, name: str) -> str | None:
         if name in self.table:
             return name
-        patterns = (pattern for pattern in self.table if "{" in pattern)
-        return next((pattern for pattern in patterns if compiled(pattern).fullmatch(name)), None)
+        expression, names = self._templates
+        match = expression.fullmatch(name)
+        return None if match is None else names[str(match.lastgroup)]
+
+    @cached_property
+    def _templates(self) -> tuple[re.Pattern[str], dict[str, str]]:
+        """One expression for all names with placeholders, and the name that each of its named groups stands for."""
+        names = {f"t{number}": name for number, name in enumerate(self.table) if "{" in name}
+        groups = (f"(?P<{group}>{compiled(name).pattern})" for group, name in names.items())
+        return re.compile("|".join(groups) or "(?!)"), names
 
     @staticmethod
     def _specific(matched: Mapping[str, str]) -> int:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from ...errors import CheckpointError
+from ..state_dict import shorten
 from . import s4_parts
 from .format import Config, Format, Reading
 from .inference import agree, count, tied
@@ -46,8 +47,8 @@ def _layer(
             if arguments["d_model"] == d_model:
                 fitting.append((layer, arguments))
     if not fitting:
-        found = ", ".join(f"{name} {value.shape}" for name, value in list(inner.tensors.items())[:12])
-        raise CheckpointError(f"{where} is no layer of lrnnx of width {d_model}; it has: {found or 'nothing'}")
+        found = shorten(f"{name} {value.shape}" for name, value in inner.tensors.items()) or "nothing"
+        raise CheckpointError(f"{where} is no layer of lrnnx of width {d_model}; it has: {found}")
     return fitting[0]
 
 
@@ -73,6 +74,8 @@ def _language_model(reading: Reading) -> dict[str, Any]:
         **config,
         "mixer_kwargs": {mixer: arguments for mixer, arguments in kwargs.items() if arguments},
     }
+    if not isinstance(result["tie_embeddings"], bool):
+        raise CheckpointError(f"tie_embeddings must be true or false, got {str(result['tie_embeddings'])[:60]}")
     if not tied(reading, "lm_head.weight", "backbone.embedding.weight"):
         result["tie_embeddings"] = False
     return result

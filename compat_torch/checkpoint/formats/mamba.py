@@ -8,19 +8,36 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from ... import state
+from ...architectures.config import is_integer
 from ...errors import CheckpointError
 from .format import Config, Format, Reading, Rename, Shapes
-from .inference import agree, count, ratio, tied
+from .inference import agree, completed, count, ratio, tied, untied
 from .lrnnx_layers import MAMBA_BIASES, MAMBA_SHAPES
 
 _MAMBA1 = "compat_torch.architectures.mamba_lm"
 _MAMBA2 = "compat_torch.architectures.mamba2_lm"
 _EMBEDDING = Rename("backbone.embeddings.weight", "backbone.embedding.weight")
 Arguments = Callable[[Reading], dict[str, Any]]
-Sizes = Callable[[Reading], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Bare:
+    """How the configuration of a file without config.json is made.
+
+    Attributes:
+        sizes: Hugging Face's fields that names and shapes give.
+        assumes: fields that change the outputs and have a default.
+        asks: fields that only the caller can give -> their values.
+    """
+
+    sizes: Callable[[Reading], dict[str, Any]]
+    assumes: tuple[str, ...]
+    asks: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+
 
 _SOURCE = "mamba_ssm"
 _NOT_HF = (_SOURCE, "pad_vocab_size_multiple", "d_ssm", "D_has_hdim")
@@ -77,35 +94,65 @@ def _sizes1(reading: Reading) -> dict[str, Any]:
 
 
 def _sizes2(reading: Reading) -> dict[str, Any]:
-    """Raises CheckpointError: the tensors of Mamba-2 give the states of all groups together only."""
-    raise CheckpointError("the number of groups is not in the tensors: put config.json into the file's folder")
+    """Hugging Face's fields that names and shapes of Mamba-2 give, the states with the caller's number of groups."""
+    sizes = reading.sizes
+    channels = sizes.get("s", sizes["I"])
+    found = {
+        "vocab_size": sizes["V"],
+        "hidden_size": sizes["H"],
+        "num_hidden_layers": count(reading.tensors, "backbone.layers.{i}.norm.weight"),
+        "conv_kernel": sizes["K"],
+        "expand": ratio(sizes["I"], sizes["H"]),
+        "num_heads": sizes["h"],
+        "head_dim": channels // sizes["h"],
+        "D_has_hdim": sizes["D"] != sizes["h"],
+        "use_bias": _has(reading, "in_proj.bias"),
+        "use_conv_bias": _has(reading, "conv1d.bias"),
+    }
+    if channels != sizes["I"]:
+        found["d_ssm"] = channels
+    states, groups = (sizes["E"] - channels) // 2, reading.given.get("n_groups")
+    if groups is not None:
+        if not is_integer(groups, 1, states) or states % groups:
+            raise CheckpointError(
+                f"n_groups must be a divisor of {states}, the states of all groups, got {str(groups)[:40]}"
+            )
+        found["state_size"] = states // groups
+    return found
 
 
-def _configuration(reading: Reading, target: str, sizes: Sizes, stated: Config | None) -> dict[str, Any]:
-    """{"config": ...} from what is stated, or else from the sizes; the head is untied if its tensor says so."""
+_ASSUMED = ("layer_norm_epsilon", "residual_in_fp32")
+_BARE1 = Bare(_sizes1, _ASSUMED)
+_BARE_FALCON = Bare(_sizes1, (*_ASSUMED, "mixer_rms_eps"))
+_BARE2 = Bare(
+    _sizes2, (*_ASSUMED, "time_step_limit"), {"n_groups": ("the number of groups of heads that share B and C",)}
+)
+
+
+def _configuration(reading: Reading, target: str, bare: Bare, stated: Config | None) -> dict[str, Any]:
+    """{"config": ...} from what is stated, or else from the tensors and the caller; the tensors tie the head."""
     module, _, name = target.partition(":")
     cls = getattr(importlib.import_module(module), name)
     embedding = next(name for name in reading.tensors if name.startswith("backbone.embedding"))
     same = tied(reading, "lm_head.weight", embedding)
     if stated is None:
-        stated = {**sizes(reading), "tie_word_embeddings": same}
-    else:
-        layers = count(reading.tensors, "backbone.layers.{i}.norm.weight")
-        agree(stated, {"hidden_size": reading.sizes["H"], "num_hidden_layers": layers})
-        stated = dict(stated) if same else {**stated, "tie_word_embeddings": False}
-    return {"config": cls.from_dict(stated)}
+        stated = completed(reading, cls, {**bare.sizes(reading), "tie_word_embeddings": same}, bare.asks, bare.assumes)
+        return {} if reading.asked else {"config": cls.from_dict(stated)}
+    layers = count(reading.tensors, "backbone.layers.{i}.norm.weight")
+    agree(stated, {"hidden_size": reading.sizes["H"], "num_hidden_layers": layers})
+    return {"config": untied(cls.from_dict(stated), same)}
 
 
-def _from_hf(target: str, sizes: Sizes) -> Arguments:
-    return lambda reading: _configuration(reading, target, sizes, reading.config)
+def _from_hf(target: str, bare: Bare) -> Arguments:
+    return lambda reading: _configuration(reading, target, bare, reading.config)
 
 
-def _from_mamba_ssm(target: str, layer: str, sizes: Sizes) -> Arguments:
+def _from_mamba_ssm(target: str, layer: str, bare: Bare) -> Arguments:
     def arguments(reading: Reading) -> dict[str, Any]:
         stated = None if reading.config is None else _read_mamba_ssm(_standard(reading.config), layer)
         if stated is not None and layer == "Mamba2":
             stated["num_heads"] = reading.sizes["h"]
-        return _configuration(reading, target, sizes, stated)
+        return _configuration(reading, target, bare, stated)
 
     return arguments
 
@@ -190,7 +237,7 @@ def _read_mamba_ssm(config: Config, layer: str) -> dict[str, Any]:
     fixed = _FIXED if layer == "Mamba2" else {}
     for name, value in cfg.items():
         if name not in table and name not in _INITIAL and (name not in fixed or value != fixed[name]):
-            raise CheckpointError(f"ssm_cfg has {name} = {str(value)[:40]}, which is not supported")
+            raise CheckpointError(f"ssm_cfg has {name[:40]} = {str(value)[:40]}, which is not supported")
     result: dict[str, Any] = {ours: config[name] for name, ours in _FIELDS.items()}
     result |= {ours: config.get(name, default) for name, (ours, default) in _OPTIONS.items()}
     result |= {ours: cfg.get(name, default) for name, (ours, default) in table.items()}
@@ -269,7 +316,7 @@ def _hf(
     config: str,
     mixer: Mapping[str, Shapes],
     optional: Mapping[str, Shapes],
-    sizes: Sizes,
+    bare: Bare,
     renames: tuple[Rename, ...] = (_EMBEDDING,),
 ) -> Format:
     architecture = {"mamba": "Mamba", "mamba2": "Mamba2", "falcon_mamba": "FalconMamba"}[name] + "ForCausalLM"
@@ -278,7 +325,7 @@ def _hf(
         target=f"{module}:{cls}",
         shapes=_names("embeddings", mixer),
         optional=_optional(optional),
-        arguments=_from_hf(f"{module}:{config}", sizes),
+        arguments=_from_hf(f"{module}:{config}", bare),
         renames=renames,
         claims=claims_hf(name),
         ties=(("lm_head.weight", "backbone.embeddings.weight"),),
@@ -296,14 +343,14 @@ def _mamba_ssm(
     config: str,
     mixer: Mapping[str, Shapes],
     optional: Mapping[str, Shapes],
-    sizes: Sizes,
+    bare: Bare,
 ) -> Format:
     return Format(
         name=f"mamba_ssm.{name}",
         target=f"{module}:{cls}",
         shapes=_names("embedding", mixer),
         optional=_optional(optional),
-        arguments=_from_mamba_ssm(f"{module}:{config}", layer, sizes),
+        arguments=_from_mamba_ssm(f"{module}:{config}", layer, bare),
         claims=_claims_mamba_ssm(layer),
         ties=(("lm_head.weight", "backbone.embedding.weight"),),
         config=_write_mamba_ssm(layer),
@@ -313,9 +360,9 @@ def _mamba_ssm(
 
 
 MODELS = (
-    _hf("mamba", _MAMBA1, "MambaLMHeadModel", "MambaConfig", MAMBA_SHAPES, MAMBA_BIASES, _sizes1),
-    _hf("mamba2", _MAMBA2, "Mamba2LMHeadModel", "Mamba2Config", _MIXER2, _OPTIONAL2, _sizes2),
-    _hf("falcon_mamba", _MAMBA1, "FalconMamba", "FalconMambaConfig", MAMBA_SHAPES, MAMBA_BIASES, _sizes1, ()),
-    _mamba_ssm("mamba", "Mamba1", _MAMBA1, "MambaLMHeadModel", "MambaConfig", MAMBA_SHAPES, MAMBA_BIASES, _sizes1),
-    _mamba_ssm("mamba2", "Mamba2", _MAMBA2, "Mamba2LMHeadModel", "Mamba2Config", _MIXER2, _OPTIONAL2, _sizes2),
+    _hf("mamba", _MAMBA1, "MambaLMHeadModel", "MambaConfig", MAMBA_SHAPES, MAMBA_BIASES, _BARE1),
+    _hf("mamba2", _MAMBA2, "Mamba2LMHeadModel", "Mamba2Config", _MIXER2, _OPTIONAL2, _BARE2),
+    _hf("falcon_mamba", _MAMBA1, "FalconMamba", "FalconMambaConfig", MAMBA_SHAPES, MAMBA_BIASES, _BARE_FALCON, ()),
+    _mamba_ssm("mamba", "Mamba1", _MAMBA1, "MambaLMHeadModel", "MambaConfig", MAMBA_SHAPES, MAMBA_BIASES, _BARE1),
+    _mamba_ssm("mamba2", "Mamba2", _MAMBA2, "Mamba2LMHeadModel", "Mamba2Config", _MIXER2, _OPTIONAL2, _BARE2),
 )

@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Complex, Float, Int
 from spyx.ops import cauchy_kernel
 from spyx.ops.dtypes import to_complex
 
+from ._s4_diagonal import read_out
 from ._s4_powers import Transition, advance, readout_after, transition
 
 _EXPONENT_BITS = 25
@@ -107,7 +108,7 @@ def _bordered(resolvent, drive, sense, channels: int):
 
 def observe(C: Complex[Array, "c H n"], h: Complex[Array, "B H n"]) -> Float[Array, "B c H"]:
     """y = 2 Re(C h)."""
-    return 2 * jnp.sum(C * h[:, None], -1).real
+    return 2 * read_out(C, h)
 
 
 @jax.jit

@@ -79,6 +79,10 @@ class Kernel(nnx.Module):
         """The convolution kernel of the first L steps; `l_max` is the longest one ever asked for, if known."""
         raise NotImplementedError
 
+    def outputs(self, u: Float[Array, "L B H"], rate: float, l_max: int | None) -> Float[Array, "L B c H"]:
+        """The convolution with all of that kernel."""
+        return fft_conv(u, jnp.moveaxis(self.kernel(u.shape[0], rate, l_max), -1, 0))
+
     def zero_state(self, batch_size: int) -> Cache:
         """The cache before the first step; `lrnn_state` is the state."""
         raise NotImplementedError
@@ -94,8 +98,16 @@ class Kernel(nnx.Module):
         raise NotImplementedError
 
     def update(self, u: Float[Array, "B H"], cache: Cache) -> tuple[Float[Array, "B c H"], Cache]:
-        """One step of the recurrence."""
+        """One step of the recurrence, from a cache as it is or in its compact form; the new cache has the same form."""
         raise NotImplementedError
+
+    def compact(self, cache: Cache) -> Cache:
+        """A cache of half the size, where states lie in conjugate pairs."""
+        return cache
+
+    def restored(self, cache: Cache) -> Cache:
+        """The inverse of `compact`."""
+        return cache
 
 
 class DiagonalKernel(Kernel):
@@ -112,6 +124,11 @@ class DiagonalKernel(Kernel):
     def kernel(self, L: int, rate: float, l_max: int | None = None) -> Float[Array, "c H L"]:
         return diagonal.kernel(self.continuous(rate), self.disc, L, self.precision)
 
+    def outputs(self, u: Float[Array, "L B H"], rate: float, l_max: int | None = None) -> Float[Array, "L B c H"]:
+        if self.disc == "dss":
+            return super().outputs(u, rate, l_max)
+        return diagonal.outputs(diagonal.discretize(self.continuous(rate), self.disc), u, self.precision)
+
     def zero_state(self, batch_size: int) -> Cache:
         system = self._discrete()
         return {"lrnn_state": jnp.zeros((batch_size, *system.A.shape), system.A.dtype)}
@@ -123,9 +140,8 @@ class DiagonalKernel(Kernel):
         free = jnp.moveaxis(diagonal.free_response(system, h, L, self.precision), -1, 0)
         lengths = None if valid is None else jnp.sum(valid, 0)
         after = diagonal.final_state(system, jnp.moveaxis(u, 0, -1), h, lengths, self.precision)
-        k = self.kernel(L, 1.0)
-        y = fft_conv(u, jnp.moveaxis(k if drop is None else drop(k), -1, 0)) + free
-        return y, {**cache, "lrnn_state": after.astype(h.dtype)}
+        y = self.outputs(u, 1.0) if drop is None else fft_conv(u, jnp.moveaxis(drop(self.kernel(L, 1.0)), -1, 0))
+        return y + free, {**cache, "lrnn_state": after.astype(h.dtype)}
 
     def update(self, u: Float[Array, "B H"], cache: Cache) -> tuple[Float[Array, "B c H"], Cache]:
         h = cache["lrnn_state"]
@@ -264,6 +280,15 @@ class SSMKernelDPLR(SSMParameters):
         from_powers = partial(powers.kernel, powers.transition(*system), L=L, precision=self.precision)
         return jax.lax.cond(self.l_kernel[...] == 0, from_powers, from_length, C)
 
+    def outputs(self, u: Float[Array, "L B H"], rate: float, l_max: int | None) -> Float[Array, "L B c H"]:
+        if rate != 1:
+            return super().outputs(u, rate, l_max)
+        system, C = self.continuous()
+        from_steps = partial(powers.outputs, powers.transition(*system), precision=self.precision)
+        return jax.lax.cond(
+            self.l_kernel[...] == 0, from_steps, lambda _, u: super(SSMKernelDPLR, self).outputs(u, rate, l_max), C, u
+        )
+
     def zero_state(self, batch_size: int) -> Cache:
         C = self.readout()
         return {"lrnn_state": jnp.zeros((batch_size, *C.shape[1:-1], 2 * C.shape[-1]), C.dtype), "dC": C}
@@ -294,9 +319,17 @@ class SSMKernelDPLR(SSMParameters):
         return dplr.run(powers.transition(*self.continuous()[0]), C, u, h, valid)
 
     def update(self, u: Float[Array, "B H"], cache: Cache) -> tuple[Float[Array, "B c H"], Cache]:
-        h = cache["lrnn_state"]
-        after = powers.advance(powers.transition(*self.continuous()[0]), half(h), u)
-        return dplr.observe(cache["dC"], after), {**cache, "lrnn_state": whole(after).astype(h.dtype)}
+        state = self.compact(cache)["lrnn_state"]
+        after = powers.advance(powers.transition(*self.continuous()[0]), state, u).astype(state.dtype)
+        y, compact = dplr.observe(cache["dC"], after), {**cache, "lrnn_state": after}
+        return y, compact if state is cache["lrnn_state"] else self.restored(compact)
+
+    def compact(self, cache: Cache) -> Cache:
+        state = cache["lrnn_state"]
+        return cache if state.shape[-1] == self.C.shape[2] else {**cache, "lrnn_state": half(state)}
+
+    def restored(self, cache: Cache) -> Cache:
+        return {**cache, "lrnn_state": whole(cache["lrnn_state"])}
 
 
 def half(h: Complex[Array, "... N"]) -> Complex[Array, "... n"]:

@@ -41,6 +41,7 @@ class S4Layer(LRNN):
     """
 
     _drops_twice: bool = False
+    bidirectional: bool = False
     swap_channels: bool = False
     l_max: int | None = None
     bottleneck: int | None = None
@@ -196,7 +197,10 @@ class S4Layer(LRNN):
         after: Any = None
         if state is None and inference_cache is None:
             cut = L if self.l_max is None or not self._cuts else min(L, round(self.l_max / rate))
-            y = self._convolve(u, self._ssm.kernel(cut, rate, self.l_max), rngs)
+            if cut == L and self._kernel_dropout(rngs) is None and not self.bidirectional:
+                y = self._ssm.outputs(u, rate, self.l_max)
+            else:
+                y = self._convolve(u, self._ssm.kernel(cut, rate, self.l_max), rngs)
         elif rate != 1:
             raise ValueError(f"{self._name}: rate={rate} needs a call without state and cache")
         else:
@@ -277,6 +281,7 @@ class S4Layer(LRNN):
 
     def _check_cache(self, cache: Cache, batch: int) -> None:
         wanted = jax.eval_shape(lambda: self._zeros_like(cache, batch))
+        compact = jax.eval_shape(self._compact, wanted)
         if not isinstance(cache, dict) or not wanted.keys() <= cache.keys():
             found = sorted(cache) if isinstance(cache, dict) else type(cache).__name__
             raise ValueError(
@@ -284,10 +289,16 @@ class S4Layer(LRNN):
                 "make one with allocate_inference_cache(batch_size)"
             )
         for name, leaf in wanted.items():
-            if cache[name].shape != leaf.shape:
+            if cache[name].shape not in (leaf.shape, compact[name].shape):
                 raise ValueError(
                     f"{self._name}: {name} must have shape {leaf.shape} for this input, got {cache[name].shape}"
                 )
+
+    def _compact(self, cache: Cache) -> Cache:
+        return self._ssm.compact(cache)
+
+    def _restored(self, cache: Cache) -> Cache:
+        return self._ssm.restored(cache)
 
     def _zero_state(self, batch_size: int) -> Cache:
         """The cache before the first step, in which a state of the caller fits."""

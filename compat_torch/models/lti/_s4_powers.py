@@ -15,6 +15,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Complex, Float
 
+from spyx.ops import fft_conv
+from spyx.ops._recomputed import recomputed
+from spyx.ops.convolution import plain_fft_conv
+from spyx.ops.dispatch import platform_primitive
+
+from ._s4_diagonal import read_out
+
 _BLOCK = 2**16  # states in the tables alive at once, unless one channel needs more
 
 
@@ -47,7 +54,7 @@ def advance(
     s: Transition, h: Complex[Array, "*B H n"], u: Float[Array, "*B H"] | None = None
 ) -> Complex[Array, "*B H n"]:
     """The state after one step; without an input, A_bar h."""
-    feedback = jnp.sum(s.V * h[..., None, :, :], -1, keepdims=True).real
+    feedback = read_out(s.V, h)[..., None]
     change = s.G * h - jnp.sum(s.U * feedback, -3)
     return h + (change if u is None else change + s.B_bar * u[..., None])
 
@@ -96,6 +103,50 @@ def readout_after(
     if C.size == 0 or fine > M:
         return C
     return _unpaired(_readouts(_Run.of(s, fine), C, M // fine, precision)[0])
+
+
+def outputs(
+    s: Transition, C: Complex[Array, "c H n"], u: Float[Array, "L B H"], precision: jax.lax.PrecisionLike
+) -> Float[Array, "L B c H"]:
+    """What inputs make of a zero state: the convolution with `kernel`, or, by the kernels for CPU, step by step."""
+    return _outputs(precision, (s, C, u), None)
+
+
+def _convolved(precision, values, masks=None, conv=fft_conv):
+    del masks
+    s, C, u = values
+    return conv(u, jnp.moveaxis(kernel(s, C, u.shape[0], precision), -1, 0))
+
+
+def _plain(precision, values, masks):
+    empty = 0 in values[2].shape
+    return _convolved(precision, values, masks, fft_conv if empty else plain_fft_conv)
+
+
+def _stepped(s: Transition, C, u, *, precision):
+    if {jnp.result_type(v, jnp.float32) for v in (u, s.G.real, C.real)} != {jnp.dtype(jnp.float32)} or 0 in u.shape:
+        return _convolved(precision, (s, C, u))
+    from spyx.ops.native import low_rank
+    from spyx.ops.native.custom_call import invoke
+
+    def parts(v):
+        return jnp.swapaxes(jnp.stack([v.real, v.imag], -3), -1, -2)
+
+    (L, B, H), (c, _, n) = u.shape, C.shape
+    systems = parts(s.G), parts(s.U), parts(s.V), parts(s.B_bar), parts(2 * C)
+    result = jax.ShapeDtypeStruct((L, B, c, H), jnp.float32)
+    items, sizes = B * -(-H // low_rank.WIDTH), (L, B, H, n, c, s.U.shape[0])
+    return invoke(low_rank.forward, items, sizes, (u.astype(jnp.float32), *systems), result)
+
+
+_outputs_by_platform = platform_primitive(
+    "dplr_outputs", lambda s, C, u, *, precision: _convolved(precision, (s, C, u)), native=_stepped
+)
+_outputs = recomputed(
+    lambda precision, values, masks: (_outputs_by_platform(*values, precision=precision), ()),
+    lambda precision, values, masks, saved, dy: jax.vjp(partial(_convolved, precision), values)[1](dy)[0],
+    _plain,
+)
 
 
 class _Run(NamedTuple):

@@ -12,7 +12,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Complex, Float, Int
 
-from spyx.ops import fft_conv, linear_scan, vandermonde_kernel
+from spyx.ops import linear_scan, vandermonde_conv
 from spyx.ops.dtypes import state_dtype, to_complex, widen
 from spyx.ops.scan import check_lengths, valid_steps
 
@@ -171,8 +171,8 @@ class CentaurusBase(LTI_LRNN):
         @jax.checkpoint
         def add(y, channels):
             w, a, B, C = channels
-            k = vandermonde_kernel(w, a, x.shape[0], precision=self.precision)
-            return y + dot("lbs,sh->lbh", fft_conv(dot("lbh,sh->lbs", u, B), k.T), C), None
+            s = vandermonde_conv(dot("lbh,sh->lbs", u, B), w[None], a, precision=self.precision)
+            return y + dot("lbs,sh->lbh", s[:, :, 0], C), None
 
         def blocks(v):
             v = jnp.pad(v, ((0, -len(v) % size), (0, 0)))

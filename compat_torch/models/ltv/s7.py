@@ -17,13 +17,12 @@ from spyx.ops.dtypes import state_dtype, widen
 from ...core.discretization import Reference
 from ...core.layers import linear
 from ...random import default_rngs
-from ._scanned import ScannedLTV
-from .base import Cache
+from .base import LTV_LRNN, Cache
 
 _BLOCK = 2**18  # elements of B_t or C_t alive at once, unless one row needs more
 
 
-class S7(ScannedLTV):
+class S7(LTV_LRNN):
     """S7, in which everything but the projections depends on the input: (B, L, d_model) -> (B, L, d_model).
 
     With u = in_proj(x) and [A', B, C, D, b] = x_proj(u), for H = d_model and N = d_state: A_t = base_params + A'_t,
@@ -101,8 +100,7 @@ class S7(ScannedLTV):
     ) -> tuple[Float[Array, "L B H"], Cache]:
         H, N = self.d_model, self.d_state
         u = self.in_proj(x)
-        ends = (N, N + H * N, N + 2 * H * N, N + 2 * H * N + H)
-        to_A, to_B, to_C, to_D, to_bias = jnp.split(self.x_proj.kernel[...], ends, axis=1)
+        to_A, to_B, to_C, to_D, to_bias = self._cut(self.x_proj.kernel[...])
         real = state_dtype(u, self.base_params[...])
         dot = partial(jnp.einsum, precision=self.precision, preferred_element_type=real)
 
@@ -112,13 +110,36 @@ class S7(ScannedLTV):
         def read_out(u: Float[Array, "B H"], h: Float[Array, "B N"]) -> Float[Array, "B H"]:
             return dot("bhn,bn->bh", dot("bk,kj->bj", u, to_C).reshape(-1, H, N), h)
 
-        A = self.base_params[...] + dot("lbk,kn->lbn", u, to_A)
+        decay = self._decay(dot("lbk,kn->lbn", u, to_A))
         inputs = _in_blocks(drive, _BLOCK // (H * N), u) + dot("lbk,kn->lbn", u, to_bias)
         h0 = None if state is None else state["lrnn_state"]
-        h, last = linear_scan(1 - 1 / (A * A + 0.5), inputs, h0, lengths=lengths)
+        h, last = linear_scan(decay, inputs, h0, lengths=lengths)
         y = _in_blocks(read_out, _BLOCK // (H * N), u, h) + dot("lbk,kh->lbh", u, to_D) * u
-        gate = jax.nn.sigmoid(self.gate_proj(jax.nn.gelu(y, approximate=False)))
-        return x + gate * y, {"lrnn_state": last}
+        return self._leave(x, y), {"lrnn_state": last}
+
+    def _update(
+        self, x: Float[Array, "B H"], timesteps: Float[Array, " B"] | None, state: Cache
+    ) -> tuple[Float[Array, "B H"], Cache]:
+        u = self.in_proj(x)
+        dot = partial(jnp.einsum, precision=self.precision)
+        made = dot("bk,kj->bj", u, self.x_proj.kernel[...], preferred_element_type=state["lrnn_state"].dtype)
+        A, B, C, D, bias = self._cut(made)
+        shape = (-1, self.d_model, self.d_state)
+        h = self._decay(A) * state["lrnn_state"] + dot("bhn,bh->bn", B.reshape(shape), u.astype(made.dtype)) + bias
+        y = dot("bhn,bn->bh", C.reshape(shape), h) + D * u
+        return self._leave(x, y), {"lrnn_state": h}
+
+    def _cut(self, made: Float[Array, "B J"]) -> list[Float[Array, "B _"]]:
+        """The columns for A, B, C, D and the bias."""
+        H, N = self.d_model, self.d_state
+        return jnp.split(made, (N, N + H * N, N + 2 * H * N, N + 2 * H * N + H), axis=1)
+
+    def _decay(self, A: Float[Array, "*L B N"]) -> Float[Array, "*L B N"]:
+        A = self.base_params[...] + A
+        return 1 - 1 / (A * A + 0.5)
+
+    def _leave(self, x: Float[Array, "*L B H"], y: Float[Array, "*L B H"]) -> Float[Array, "*L B H"]:
+        return x + jax.nn.sigmoid(self.gate_proj(jax.nn.gelu(y, approximate=False))) * y
 
     def _zero_state(self, batch_size: int, dtype: DTypeLike) -> Cache:
         return {"lrnn_state": jnp.zeros((batch_size, self.d_state), widen(jnp.zeros((), dtype)).dtype)}

@@ -297,6 +297,15 @@ class S4Block(S4Layer):
     def _update(self, u: Float[Array, "B H"], cache: Cache) -> tuple[Float[Array, "B c H"], Cache]:
         return super()._update(u, cache) if self.mode in _DIAGONAL else modes.update(self._ssm, u, cache)
 
+    def _compact(self, cache: Cache) -> Cache:
+        return super()._compact(cache) if self._pairs_in_steps(cache) else cache
+
+    def _restored(self, cache: Cache) -> Cache:
+        return super()._restored(cache) if self._pairs_in_steps(cache) else cache
+
+    def _pairs_in_steps(self, cache: Cache) -> bool:
+        return self.mode in _DIAGONAL or modes.mode_of(cache) == "linear"
+
     def _convolve(self, u: Float[Array, "L B H"], k: Float[Array, "c H M"], rngs: Any) -> Float[Array, "L B c H"]:
         if not self.bidirectional:
             return super()._convolve(u, k, rngs)

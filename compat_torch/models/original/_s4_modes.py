@@ -22,6 +22,7 @@ from jaxtyping import Array, Bool, Float
 from spyx.ops.dtypes import to_complex
 
 from ..lti import _s4_dplr as dplr
+from ..lti._s4_diagonal import read_out
 from ..lti._s4_kernels import Cache, Dropout, SSMKernelDPLR, half, whole
 from ..lti._s4_powers import transition
 
@@ -77,7 +78,7 @@ def update(kernel: SSMKernelDPLR, u: Float[Array, "B H"], cache: Cache) -> tuple
     if mode == "dense":
         after = jnp.einsum("hmn,bhn->bhm", cache["dA"], state, precision=kernel.precision)
         after = (after + cache["dB"] * u[..., None]).astype(state.dtype)
-        return jnp.sum(cache["dC"] * after[:, None], -1).real, {**cache, "lrnn_state": after}
+        return read_out(cache["dC"], after), {**cache, "lrnn_state": after}
     with jax.enable_x64(True):
         (re, im), (b_re, b_im) = _times(_unpack(cache["dA"]), _unpack(state)), _unpack(cache["dB"])
         wide = u.astype(np.float64)[..., None]

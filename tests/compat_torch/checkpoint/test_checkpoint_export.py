@@ -14,8 +14,10 @@ from safetensors.torch import load_file, save_file
 import compat_torch
 from compat_torch import checkpoint
 from compat_torch.architectures.language_model import LRNNLMHeadModel
+from compat_torch.architectures.lru_unet import LRUUnet
 from compat_torch.architectures.mamba2_lm import Mamba2Config, Mamba2LMHeadModel
 from compat_torch.architectures.mamba_lm import MambaConfig, MambaLMHeadModel
+from compat_torch.checkpoint.conversion import convert
 from compat_torch.models import ltv
 
 GOLDEN = Path(__file__).parents[3] / "parity" / "golden"
@@ -89,6 +91,69 @@ def test_a_trained_model_from_each_of_its_files(name, tmp_path):
     model = checkpoint.load(folder / name)
     checkpoint.save(model, tmp_path / "w.pt")
     assert_same(torch.load(tmp_path / "w.pt"), load_file(folder / "weights.safetensors"))
+
+
+def unet(folder: Path) -> Path:
+    model = LRUUnet(2, 1, [3, 5], [2, 2], rngs=nnx.Rngs(0))
+    checkpoint.save(model, folder / "unet.safetensors")
+    return folder / "unet.safetensors"
+
+
+def mamba2_of_state_spaces(folder: Path) -> Path:
+    return convert(GOLDEN / "hf_mamba2_tiny" / "hf", folder / "mamba2", to="mamba_ssm").path
+
+
+def mamba_layer(folder: Path) -> Path:
+    weights = load_file(GOLDEN / "lrnnx_mamba_mamba_a" / "weights.safetensors")
+    save_file({name: v for name, v in weights.items() if "dtA_proj" not in name}, folder / "mamba.safetensors")
+    return folder / "mamba.safetensors"
+
+
+SOURCES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "hf.mamba": ("hf_mamba_tiny_random/hf", {}),
+    "hf.mamba2": ("hf_mamba2_tiny/hf", {}),
+    "hf.falcon_mamba": ("hf_falcon_mamba_tiny/hf", {}),
+    "hf.recurrent_gemma": ("hf_recurrent_gemma_tiny/hf", {}),
+    "mamba_ssm.mamba": ("hf_mamba_trained/mamba_ssm", {}),
+    "mamba_ssm.mamba2": (mamba2_of_state_spaces, {}),
+    "mamba_ssm.Mamba": (mamba_layer, {}),
+    "lrnnx.lm": ("lrnnx_lm_s4_s4d/save_pretrained", {}),
+    "lrnnx.classifier": ("lrnnx_clf_vocab", {"pooling": "last", "intermediate_pooling": "none"}),
+    "lrnnx.lru_unet": (unet, {"causal": True}),
+    "lrnnx.lti.S5": ("lrnnx_s5lti_zoh_a", {"discretization": "zoh"}),
+    "lrnnx.lti.LRU": ("lrnnx_lru_a", {}),
+    "lrnnx.lti.S4": ("lrnnx_s4_gate_ch2", {}),
+    "lrnnx.lti.S4D": ("lrnnx_s4d_is_real", {}),
+    "lrnnx.lti.CentaurusNeck": ("lrnnx_centaurus_neck_a", {}),
+    "lrnnx.lti.CentaurusPWNeck": ("lrnnx_centaurus_pointwise_b", {}),
+    "lrnnx.lti.CentaurusDWS": ("lrnnx_centaurus_dws_b", {"format": "lrnnx.lti.CentaurusDWS"}),
+    "lrnnx.lti.CentaurusFull": ("lrnnx_centaurus_full_a", {"format": "lrnnx.lti.CentaurusFull"}),
+    "lrnnx.ltv.Mamba": ("lrnnx_mamba_zoh_b", {"discretization": "zoh"}),
+    "lrnnx.ltv.S5": ("lrnnx_s5ltv_zoh_conj", {"discretization": "zoh", "conj_sym": True}),
+    "lrnnx.ltv.RGLRU": ("lrnnx_rglru_b", {}),
+    "lrnnx.ltv.S7": ("lrnnx_s7_b", {}),
+    "s4.S4Block": ("s4repo_block_dplr_bidir", {}),
+    "s4.S4D": ("s4repo_s4d_t", {}),
+    "s4.S4Model": ("s4repo_digits_trained", {}),
+    "s5.S5SSM": ("flaxS5_zoh_conj_bi", {"discretization": "zoh", "conj_sym": True}),
+    "s5_pytorch.S5": ("s5pytorch_bidir", {}),
+    "s5_pytorch.S5Block": ("s5pytorch_block", {}),
+}
+
+
+@pytest.mark.filterwarnings("ignore::compat_torch.errors.ReferenceDefectWarning")
+@pytest.mark.parametrize("format", checkpoint.FORMATS)
+def test_convert_writes_every_format_back_bit_for_bit(format, tmp_path):
+    place, kwargs = SOURCES[format]
+    source = place(tmp_path) if callable(place) else GOLDEN / place
+    if (source / "weights.safetensors").exists():
+        source = source / "weights.safetensors"
+    out = tmp_path / ("out" if source.is_dir() else "out.safetensors")
+    done = convert(source, out, to=format, **kwargs)
+    assert (done.source, done.target) == (format, format)
+    assert_same(
+        stored(out) if out.is_dir() else load_file(out), stored(source) if source.is_dir() else load_file(source)
+    )
 
 
 FOLDERS = [

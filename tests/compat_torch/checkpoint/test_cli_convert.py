@@ -2,6 +2,9 @@
 
 import json
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -10,10 +13,12 @@ import pytest
 import torch
 import typer
 from flax import nnx
+from oracles import torch_models
 from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
 import compat_torch.checkpoint.conversion as conversion
+from compat_torch import arrays
 from compat_torch._cli_convert import arguments, convert
 from compat_torch.checkpoint import load, open_folder, read_state_dict
 from compat_torch.errors import CheckpointError
@@ -172,6 +177,19 @@ def test_arguments_the_checkpoint_does_not_store(tmp_path):
     assert result.exit_code == 0, result.output
 
 
+def test_the_format_can_be_given(tmp_path):
+    source = GOLDEN / "lrnnx_centaurus_full_a" / "weights.safetensors"
+    result = run(source, tmp_path / "out", "--to", "lrnnx")
+    assert result.exit_code == 1
+    assert "fits several formats" in result.stderr
+    result = run(source, tmp_path / "out", "--to", "lrnnx", "--format", "lrnnx.lti.CentaurusFull")
+    assert result.exit_code == 0, result.output
+    assert "lrnnx.lti.CentaurusFull -> lrnnx.lti.CentaurusFull" in result.output
+    result = run(source, tmp_path / "other", "--to", "lrnnx", "--format", "gguf")
+    assert result.exit_code == 1
+    assert "format='gguf' is not known" in result.stderr
+
+
 def test_arguments_are_parsed():
     assert arguments(["a=zoh", "b=true", "c=2", 'd={"e": [1]}', "f=x=y"]) == {
         "a": "zoh", "b": True, "c": 2, "d": {"e": [1]}, "f": "x=y",
@@ -212,6 +230,23 @@ def test_overwriting(tmp_path, weights):
     assert_same(open_folder(tmp_path / "out").tensors, weights)
 
 
+def test_outputs_are_verified_against_float64(tmp_path, weights):
+    """The difference that is reported is that to the recurrence, step by step in float64."""
+    done = conversion.convert(tmp_path / "w.safetensors", tmp_path / "out", to="lrnnx", verify=True)
+    rng = np.random.default_rng(0)
+    rng.integers(0, 8, (1, 24))  # token ids, which the layer refuses
+    x = rng.standard_normal((1, 24, 2))
+    tensors = {name: torch.from_numpy(value) for name, value in weights.items()}
+    oracle = torch_models.LRU(2, 3).double()
+    oracle.load_state_dict(tensors)
+    expected = oracle(torch.from_numpy(x[0])).detach().numpy()
+    y = np.asarray(nnx.jit(lambda model, x: model(x))(load(tmp_path / "out"), jnp.asarray(x, jnp.float32)))[0]
+    assert done.difference is not None
+    assert 0 < done.difference < 1e-6
+    error = np.abs(y - expected).max() / max(1, np.abs(expected).max())
+    assert done.difference == pytest.approx(error, rel=1e-3)
+
+
 def test_verification_can_fail_and_then_nothing_appears(tmp_path, weights, monkeypatch):
     real = conversion.outputs
     monkeypatch.setattr(conversion, "load", lambda path, **options: _spoiled(load(path, **options), path))
@@ -229,6 +264,62 @@ def test_verification_can_fail_and_then_nothing_appears(tmp_path, weights, monke
         conversion.convert(tmp_path / "w.safetensors", tmp_path / "out", to="lrnnx", verify=True)
     assert listing(tmp_path) == ["w.safetensors"]
     assert real is conversion.outputs
+
+
+KILLED = """
+import sys, time
+from compat_torch.checkpoint.conversion import convert
+
+def wait(written, total):
+    print(written, total, flush=True)
+    time.sleep(60)
+
+convert(sys.argv[1], sys.argv[2], to=sys.argv[3], progress=wait)
+"""
+
+
+@pytest.mark.parametrize("to", ["hf", "mamba_ssm"])
+def test_a_conversion_that_is_killed_leaves_no_output(tmp_path, to):
+    source = GOLDEN / "hf_mamba_tiny_random" / "hf"
+    command = [sys.executable, "-c", KILLED, str(source), str(tmp_path / "out"), to]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    with child.stdout as output:
+        written, total = map(int, output.readline().split())
+        assert 0 < written < total
+        child.send_signal(signal.SIGKILL)
+        child.wait(10)
+    assert not (tmp_path / "out").exists()
+    assert [name[:5] for name in listing(tmp_path)] == [".out."]
+    assert run(source, tmp_path / "out", "--to", to).exit_code == 0
+    assert load(tmp_path / "out").state_dict()
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("out", ["out", "out.pt", "out.safetensors"])
+def test_a_conversion_that_is_interrupted_leaves_nothing(tmp_path, weights, error, out):
+    def interrupt(written, total):
+        assert 0 < written < total
+        raise error("in the middle")
+
+    with pytest.raises(error):
+        conversion.convert(tmp_path / "w.safetensors", tmp_path / out, to="lrnnx", progress=interrupt)
+    assert listing(tmp_path) == ["w.safetensors"]
+
+
+@pytest.mark.parametrize(("to", "copies"), [("hf", 0), ("mamba_ssm", 0), ("orbax", 1)])
+def test_a_conversion_copies_no_weights(tmp_path, monkeypatch, to, copies):
+    """Its memory is that of a few tensors: what is written are views of the source."""
+    copied: list[int] = []
+    real = arrays.copy_into
+
+    def copy_into(target, source):
+        copied.append(target.nbytes)
+        real(target, source)
+
+    monkeypatch.setattr(arrays, "copy_into", copy_into)
+    done = conversion.convert(GOLDEN / "hf_mamba_tiny_random" / "hf", tmp_path / "out", to=to)
+    assert sum(copied) == copies * done.nbytes
 
 
 def test_a_torch_file_in(tmp_path, weights):

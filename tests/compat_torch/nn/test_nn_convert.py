@@ -9,6 +9,7 @@ import pytest
 import torch
 from flax import nnx
 from oracles import torch_models
+from oracles.torch_modules import stand_in, with_tensors
 from oracles.transformers_models import outputs_of, reference
 
 from compat_torch.core.discretization import DISCRETIZE_FNS
@@ -16,28 +17,6 @@ from compat_torch.models import lti as jax_lti
 from compat_torch.models import ltv as jax_ltv
 from compat_torch.nn import from_torch, lti, ltv, to_torch
 from parity.case import GOLDEN, read_case
-
-
-def stand_in(path, base=torch.nn.Module):
-    """A class that says it is the one at "module:Class"."""
-    module, name = path.split(":")
-    return type(name, (base,), {"__module__": module, "__qualname__": name})
-
-
-def with_tensors(path, tensors, **attributes):
-    """A module of that class with these tensors and attributes, as a live one has them."""
-    root = stand_in(path)()
-    for name, value in tensors.items():
-        *parents, leaf = name.split(".")
-        owner = root
-        for parent in parents:
-            if parent not in owner._modules:
-                owner.add_module(parent, torch.nn.Module())
-            owner = owner._modules[parent]
-        owner.register_parameter(leaf, torch.nn.Parameter(torch.as_tensor(value)))
-    for name, value in attributes.items():
-        setattr(root, name, value)
-    return root
 
 
 @pytest.mark.parametrize(
@@ -98,7 +77,7 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_arguments_are_read_off_the_module(name):
     case = read_case(GOLDEN / name)
-    live = with_tensors(case.cls, case.weights, **CASES[name](case.kwargs))
+    live = with_tensors(case.cls, case.weights, CASES[name](case.kwargs))
     module = from_torch(live.eval())
     run = case.runs[0]
     y = module(jnp.asarray(run.x), **{key: jnp.asarray(value) for key, value in run.inputs.items()})

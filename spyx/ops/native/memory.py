@@ -1,0 +1,116 @@
+"""What compiled code needs below the level of arrays: addresses, atomic counters, calls by address, symbols.
+
+Symbols stand for addresses of the running process (a function of Python, a table). The linker resolves them when
+compiled code is loaded, so that numba can keep the code on disk between processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from llvmlite import binding, ir
+from numba import carray, njit, types  # pyright: ignore[reportPrivateImportUsage]
+from numba.core import cgutils
+from numba.extending import intrinsic as _intrinsic
+
+intrinsic: Callable[..., Any] = _intrinsic
+"""As numba's, whose first argument is left out in a call."""
+_WORD = ir.IntType(64)
+
+
+@intrinsic
+def _pointer(_, address):
+    def build(context, builder, signature, values):
+        return builder.inttoptr(values[0], context.get_value_type(types.voidptr))
+
+    return types.voidptr(types.intp), build
+
+
+@intrinsic
+def add(_, address, amount):
+    """The word at an address before `amount` is added to it, atomically."""
+
+    def build(context, builder, signature, values):
+        return builder.atomic_rmw("add", builder.inttoptr(values[0], _WORD.as_pointer()), values[1], "seq_cst")
+
+    return types.intp(types.intp, types.intp), build
+
+
+@intrinsic
+def _prefetch(_, address, write):
+    def build(context, builder, signature, values):
+        word = ir.IntType(32)
+        pointer = builder.inttoptr(values[0], ir.IntType(8).as_pointer())
+        kind = ir.FunctionType(ir.VoidType(), [pointer.type, word, word, word])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        builder.call(function, [pointer, word(0), word(3), word(1)])
+        return values[0]
+
+    return types.intp(types.intp, types.intp), build
+
+
+@njit
+def prefetch(address, count):
+    """Ask for `count` float32 at an address to come nearer."""
+    for line in range(0, 4 * count, 64):
+        _prefetch(address + line, 0)
+
+
+def _call(builder, values):
+    """Call the C function at an address; every argument and the result are words."""
+    function = ir.FunctionType(_WORD, [_WORD] * (len(values) - 1))
+    return builder.call(builder.inttoptr(values[0], function.as_pointer()), values[1:])
+
+
+@intrinsic
+def call(_, function, argument):
+    """Call the C function at an address with one word; it gives one."""
+    return types.intp(types.intp, types.intp), lambda context, builder, signature, values: _call(builder, values)
+
+
+@intrinsic
+def call_with_two(_, function, first, second):
+    """Call the C function at an address with two words; it gives one."""
+    signature = types.intp(types.intp, types.intp, types.intp)
+    return signature, lambda context, builder, signature, values: _call(builder, values)
+
+
+def symbol(name: str, address: int) -> Any:
+    """A function for compiled code that gives `address`, as a word, through the symbol `name`."""
+    binding.add_symbol(name, address)
+
+    @intrinsic
+    def get(_):
+        def build(context, builder, signature, values):
+            known = builder.module.globals.get(name)
+            return builder.ptrtoint(known or ir.GlobalVariable(builder.module, ir.IntType(8), name), _WORD)
+
+        return types.intp(), build
+
+    return get
+
+
+@njit
+def words(address, count):
+    """The int64 array of `count` elements at an address."""
+    return carray(_pointer(address), count, np.int64)
+
+
+@njit
+def floats(address, count):
+    """The float32 array of `count` elements at an address."""
+    return carray(_pointer(address), count, np.float32)
+
+
+@njit
+def ints(address, count):
+    """The int32 array of `count` elements at an address."""
+    return carray(_pointer(address), count, np.int32)
+
+
+@njit
+def flags(address, count):
+    """The array of `count` booleans, as uint8, at an address."""
+    return carray(_pointer(address), count, np.uint8)
