@@ -49,7 +49,6 @@ live: $(LIVE)/.live
 	$(LIVE)/bin/python -m parity.live_from_torch
 	$(LIVE)/bin/python -m parity.live_training
 	$(LIVE)/bin/python -m parity.live_signatures
-	$(LIVE)/bin/python -m parity.amend
 
 trace: $(LIVE)/.live
 	@$(LIVE)/bin/python $(PIP_INSTALL) --no-deps torch2jax

@@ -132,8 +132,8 @@ def step(system: Discrete, u: Float[Array, "B H"], h: Number) -> tuple[Float[Arr
     return 2 * read_out(system.C, h), h
 
 
-def read_out(rows: Number, h: Number) -> Float[Array, "*B c H"]:
+def read_out(rows: Number, h: Number, precision: jax.lax.PrecisionLike = "highest") -> Float[Array, "*B c H"]:
     """Re(rows h) for rows (c, H, n) and states (*B, H, n). The sum is a product with ones, faster in XLA on CPU."""
     h = h[..., None, :, :]
     terms = rows.real * h.real - rows.imag * h.imag
-    return jnp.dot(terms, jnp.ones(terms.shape[-1], terms.dtype), precision="highest")
+    return jnp.dot(terms, jnp.ones(terms.shape[-1], terms.dtype), precision=precision)

@@ -173,7 +173,7 @@ def _restored(system: Continuous, C, old, precision):
     @jax.checkpoint
     def head(arguments):
         (dt, A, B, P), C = arguments
-        matrix = dense(Continuous(dt[None], A[None], B[None], P.reshape(rank, 1, -1)))[0]
+        matrix = dense(Continuous(dt[None], A[None], B[None], P.reshape(rank, 1, -1)), precision)[0]
         decayed = jnp.eye(len(matrix), dtype=matrix.dtype) - _power(matrix, old, precision)
         rows = jnp.concatenate([C.real, -C.imag], -1)
         re, im = jnp.split(jnp.linalg.solve(decayed.T, rows.T).T, 2, -1)
@@ -183,11 +183,11 @@ def _restored(system: Continuous, C, old, precision):
     return jnp.moveaxis(restored, 0, 1)
 
 
-def dense(system: Continuous) -> Float[Array, "H N N"]:
+def dense(system: Continuous, precision: jax.lax.PrecisionLike = "highest") -> Float[Array, "H N N"]:
     """A_bar on (Re h, Im h)."""
     H, n = system.A.shape
     basis = jnp.broadcast_to(jnp.eye(2 * n, dtype=system.dt.dtype)[:, None], (2 * n, H, 2 * n))
-    images = advance(transition(*system), to_complex(basis[..., :n], basis[..., n:]))
+    images = advance(transition(*system), to_complex(basis[..., :n], basis[..., n:]), precision=precision)
     return jnp.moveaxis(jnp.concatenate([images.real, images.imag], -1), 0, -1)
 
 

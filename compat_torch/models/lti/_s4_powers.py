@@ -51,10 +51,13 @@ def transition(
 
 
 def advance(
-    s: Transition, h: Complex[Array, "*B H n"], u: Float[Array, "*B H"] | None = None
+    s: Transition,
+    h: Complex[Array, "*B H n"],
+    u: Float[Array, "*B H"] | None = None,
+    precision: jax.lax.PrecisionLike = "highest",
 ) -> Complex[Array, "*B H n"]:
     """The state after one step; without an input, A_bar h."""
-    feedback = read_out(s.V, h)[..., None]
+    feedback = read_out(s.V, h, precision)[..., None]
     change = s.G * h - jnp.sum(s.U * feedback, -3)
     return h + (change if u is None else change + s.B_bar * u[..., None])
 
@@ -82,7 +85,7 @@ def kernel(
 
 def _kernel(s: Transition, C: Complex[Array, "c H n"], L: int, precision) -> Float[Array, "c H L"]:
     channels, H, _ = C.shape
-    run = _Run.of(s, _fine(L))
+    run = _Run.of(s, _fine(L), precision)
     rows = _readouts(run, C, -(-L // _fine(L)), precision)[1]
     K = 2 * jnp.einsum("jhcn,hkn->chjk", rows, _functionals(run.states), precision=precision)
     return K.reshape(channels, H, -1)[..., :L]
@@ -102,7 +105,7 @@ def readout_after(
     C = jax.lax.scan(step, C, None, length=M % fine)[0]
     if C.size == 0 or fine > M:
         return C
-    return _unpaired(_readouts(_Run.of(s, fine), C, M // fine, precision)[0])
+    return _unpaired(_readouts(_Run.of(s, fine, precision), C, M // fine, precision)[0])
 
 
 def outputs(
@@ -161,9 +164,9 @@ class _Run(NamedTuple):
     states: Complex[Array, "F H n"]
 
     @classmethod
-    def of(cls, s: Transition, fine: int) -> _Run:
+    def of(cls, s: Transition, fine: int, precision: jax.lax.PrecisionLike) -> _Run:
         def ahead(X, _):
-            return advance(s, X), X
+            return advance(s, X, precision=precision), X
 
         def back(power, _):
             return power + s.G * power, power

@@ -103,6 +103,11 @@ CASES = {
 WITH_KERNELS = [name for name in CASES if "conv" not in name]
 
 
+def close(a, b):
+    """What is exported is computed by XLA, what is called here by the kernels for CPU, if they are installed."""
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6 * np.max(np.abs(b), initial=0))
+
+
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("gradient", [False, True])
 def test_one_export_serves_all_platforms(name, gradient):
@@ -111,7 +116,7 @@ def test_one_export_serves_all_platforms(name, gradient):
     exported = export.export(jax.jit(program), platforms=PLATFORMS, disabled_checks=[TRITON])(*args)
     again = export.deserialize(exported.serialize())
     assert again.platforms == PLATFORMS
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), again.call(*args), program(*args))
+    jax.tree.map(close, again.call(*args), program(*args))
     text = exported.mlir_module()
     assert ("tpu_custom_call" in text) == (name in WITH_KERNELS)
     assert ("__gpu$xla.gpu.triton" in text) == (name in WITH_KERNELS)
