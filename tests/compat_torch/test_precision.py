@@ -100,10 +100,13 @@ def test_the_layers_of_the_original_authors_compute_in_the_precision_asked_for(n
         return layer
 
     (forward, gradient, step), params, x = pure(make)
+    assert precisions(dots(forward, params, x, platform=platform)) == {wanted}
+    # JAX differentiates a linear solve, by which S4 finds C from C~, in float32 whatever is asked for.
+    solves = {"HIGHEST"} if name == "S4Block" else set()
+    assert precisions(dots(gradient, params, x, platform=platform)) - solves == {wanted} - solves
     # The model has no step; that of S4 sums over its states by a product with ones, always in float32.
-    functions = [forward, gradient] if wanted == "DEFAULT" or name == "S4Model" else [forward, gradient, step]
-    for function in functions:
-        assert precisions(dots(function, params, x, platform=platform)) == {wanted}
+    if wanted == "HIGHEST" and name != "S4Model":
+        assert precisions(dots(step, params, x, platform=platform)) == {wanted}
 
 
 def test_the_check_sees_a_default_dot_and_precision_is_the_callers():
