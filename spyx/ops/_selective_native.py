@@ -38,7 +38,7 @@ def backward_blocked(o: Options, steps: Steps, weights: Weights, masks: Masks, s
     from .native.custom_call import invoke
 
     (E, N, P), T = dh.shape, steps.u.shape[0]
-    parts = max(1, min(-(-P // selective.WIDTH_BACK), -(-_MOST_PARTS // max(1, E))))
+    parts = max(1, min(-(-P // selective.WIDTH), -(-_MOST_PARTS // max(1, E))))
     operands, sizes = _operands(o, steps, weights, masks, dh.shape, parts)
     wide, summed = _like(steps.u.shape), _like((parts, T, E * N))
     z = _like((1,)) if steps.z is None else wide

@@ -57,9 +57,9 @@ def diagonal_ssm(
         D: feedthrough: shape (H,), elementwise (K = H), or (K, H); None is 0.
         h0: state before the first step, shape (B, N); None is zero.
         reverse, reset, lengths: as in `linear_scan`.
-        method: as in `linear_scan`, for the layer as a whole: "blocked", which "auto" takes on CPU, makes
-            projection, scan and readout of one block of steps before the next, forward and backward,
-            and holds no array of size (T, B, N).
+        method: as in `linear_scan`, for the layer as a whole: "blocked", which "auto" takes on CPU
+            with the hand kernel for its scan, makes projection, scan and readout of one block of steps before
+            the next, forward and backward, and holds no array of size (T, B, N).
         conj_sym: `lam`, `B`, `C` hold one of each conjugate pair: the real part counts twice.
         return_state: also return the last state computed.
         precision: of every matrix product, as in `jax.lax.dot`.

@@ -48,8 +48,9 @@ def linear_scan(
         method: "sequential": lax.scan. "associative": parallel prefix within chunks of 1024 steps, one chunk
             after the other. "blocked": sequential, and the backward pass keeps nothing but the inputs and
             the state before each block of steps. "pallas": the hand kernels for TPU and NVIDIA GPU, an error
-            for what they do not take. "auto": chosen for each platform when lowered: blocked on CPU, the hand
-            kernels where they take the dtypes, associative elsewhere; the backward pass keeps only the inputs.
+            for what they do not take. "auto": chosen for each platform when lowered: the hand kernels where they
+            take the values (on CPU: numba, float32, 16 values in a row), else blocked on CPU, associative elsewhere;
+            the backward pass keeps only the inputs and, on CPU, the state before each block of steps.
             Reverse-mode differentiation works to any order with each of them, forward over reverse too;
             forward mode alone (`jax.jvp`) needs "sequential" or "associative" (or T <= 16).
 

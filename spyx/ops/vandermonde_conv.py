@@ -6,7 +6,6 @@ from math import isqrt
 
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from ._recomputed import recomputed
@@ -56,11 +55,9 @@ def _plain(how, values, masks, conv=plain_fft_conv):
     (conj_sym, precision), (u, C, dtA) = how, values
     K = vandermonde_kernel(C, dtA, u.shape[0], conj_sym=conj_sym, precision=precision)
     u = u.astype(state_dtype(u, K))
-    return (
-        jnp.zeros((*u.shape[:2], *C.shape[:2]), u.dtype)
-        if 0 in (*u.shape, *C.shape)
-        else conv(u, jnp.moveaxis(K, -1, 0))
-    )
+    if 0 in (*u.shape, *C.shape):
+        return jnp.zeros((*u.shape[:2], *C.shape[:2]), u.dtype)
+    return conv(u, jnp.moveaxis(K, -1, 0))
 
 
 def _forward(u, C, dtA, *, how):
@@ -89,8 +86,8 @@ def _sizes(u, w) -> tuple[int, ...]:
     return T, B, H, w.shape[2], w.shape[0], min(T, max(64, isqrt(T)))
 
 
-def _like(*shape: int, dtype: DTypeLike = jnp.float32) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, dtype)
+def _like(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
 def _native_forward(u, C, dtA, *, how):

@@ -268,26 +268,29 @@ class SSMKernelDPLR(SSMParameters):
         return dplr.relength(system, C, self.l_kernel[...], M, self.precision)
 
     def kernel(self, L: int, rate: float, l_max: int | None) -> Float[Array, "c H L"]:
+        if rate != 1:
+            return self._kernel_from_length(L, rate, l_max)
+        system, C = self.continuous()
+        from_powers = partial(powers.kernel, powers.transition(*system), L=L, precision=self.precision)
+        return jax.lax.cond(self.l_kernel[...] == 0, from_powers, lambda _: self._kernel_from_length(L, rate, l_max), C)
+
+    def _kernel_from_length(self, L: int, rate: float, l_max: int | None) -> Float[Array, "c H L"]:
+        """The kernel by the generating function truncated at M steps, whatever l_kernel is."""
         steps = round(rate * L)
         M = max(l_max or steps, steps, 1)
-        system, C = self.continuous(rate)
-
-        def from_length(_):
-            return dplr.kernel(system, self.readout(M), max(L, round(M / rate)), L, self.precision)
-
-        if rate != 1:
-            return from_length(C)
-        from_powers = partial(powers.kernel, powers.transition(*system), L=L, precision=self.precision)
-        return jax.lax.cond(self.l_kernel[...] == 0, from_powers, from_length, C)
+        system, _ = self.continuous(rate)
+        return dplr.kernel(system, self.readout(M), max(L, round(M / rate)), L, self.precision)
 
     def outputs(self, u: Float[Array, "L B H"], rate: float, l_max: int | None) -> Float[Array, "L B c H"]:
         if rate != 1:
             return super().outputs(u, rate, l_max)
         system, C = self.continuous()
+
+        def by_convolution(_, u):
+            return fft_conv(u, jnp.moveaxis(self._kernel_from_length(u.shape[0], rate, l_max), -1, 0))
+
         from_steps = partial(powers.outputs, powers.transition(*system), precision=self.precision)
-        return jax.lax.cond(
-            self.l_kernel[...] == 0, from_steps, lambda _, u: super(SSMKernelDPLR, self).outputs(u, rate, l_max), C, u
-        )
+        return jax.lax.cond(self.l_kernel[...] == 0, from_steps, by_convolution, C, u)
 
     def zero_state(self, batch_size: int) -> Cache:
         C = self.readout()

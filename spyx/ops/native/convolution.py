@@ -13,7 +13,7 @@ from numba import njit
 
 from .custom_call import kernel
 from .memory import ints, words
-from .vectors import WIDTH, load, put, store, take, zeros
+from .vectors import WIDTH, gather, load, put, store, take, zeros
 
 # The table, after the kernel's number and the number of items.
 _T, _B, _H, _N, _C, _K = range(2, 8)
@@ -23,13 +23,6 @@ _SIZES = 8
 @njit(inline="always")
 def _advance(hr, hi, gr, gi, u):
     return hr + (gr * hr - gi * hi) + u, hi + (gr * hi + gi * hr)
-
-
-@njit
-def _copy_rows(to, address, stride, steps, width):
-    """`steps` rows of a global array, `stride` floats apart, side by side into local memory."""
-    for j in range(steps):
-        store(to + 4 * WIDTH * j, take(address + 4 * stride * j, width))
 
 
 @kernel
@@ -47,7 +40,7 @@ def forward(item, buffers):
     ys, states = us + 4 * WIDTH * K, us + 8 * WIDTH * K
     for start in range(0, T, K):
         steps = min(K, T - start)
-        _copy_rows(us, at[1] + 4 * ((start * B + b) * H + first), B * H, steps, width)
+        gather(us, at[1] + 4 * ((start * B + b) * H + first), B * H, steps, width)
         for j in range(steps):
             store(ys + 4 * WIDTH * j, zeros())
         for n in range(N):
@@ -86,7 +79,7 @@ def backward(item, buffers):
     )  # fmt: skip
 
     for k in range(chunks - 1):
-        _copy_rows(us, at[1] + 4 * ((k * K * B + b) * H + first), B * H, K, width)
+        gather(us, at[1] + 4 * ((k * K * B + b) * H + first), B * H, K, width)
         for n in range(N):
             column = 4 * (n * H + first)
             gr, gi = take(at[2] + column, width), take(at[2] + 4 * N * H + column, width)
@@ -100,9 +93,9 @@ def backward(item, buffers):
     for i in range(chunks):
         k = chunks - 1 - i
         steps = min(K, T - k * K)
-        _copy_rows(us, at[1] + 4 * ((k * K * B + b) * H + first), B * H, steps, width)
+        gather(us, at[1] + 4 * ((k * K * B + b) * H + first), B * H, steps, width)
         for c in range(C):
-            _copy_rows(dys + row * K * c, at[4] + 4 * (((k * K * B + b) * C + c) * H + first), B * C * H, steps, width)
+            gather(dys + row * K * c, at[4] + 4 * (((k * K * B + b) * C + c) * H + first), B * C * H, steps, width)
         for j in range(steps):
             store(dus + row * j, zeros())
         for n in range(N):

@@ -7,22 +7,15 @@ h <- h + G h - U Re(V h) + B u, y = Re(C h). An item is one row and `WIDTH` chan
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
 from .custom_call import kernel
 from .memory import ints, words
-from .vectors import WIDTH, load, put, store, take, zeros
+from .vectors import WIDTH, gather, load, put, store, take, zeros
 
 # The table, after the kernel's number and the number of items.
 _T, _B, _H, _N, _C, _R = range(2, 8)
 _SIZES = 8
 _ROW = 4 * WIDTH
-
-
-@njit
-def _copy(to, address, count, H, width):
-    for k in range(count):
-        store(to + _ROW * k, take(address + 4 * H * k, width))
 
 
 @kernel
@@ -41,11 +34,11 @@ def forward(item, buffers):
     Cs = hs + _ROW * 2 * N * (3 + 2 * R)
     feedback = hs + _ROW * 2 * N * (3 + 2 * R + C)
     ys = feedback + _ROW * R
-    _copy(Gs, at[2] + 4 * first, 2 * N, H, width)
-    _copy(Us, at[3] + 4 * first, 2 * N * R, H, width)
-    _copy(Vs, at[4] + 4 * first, 2 * N * R, H, width)
-    _copy(Bs, at[5] + 4 * first, 2 * N, H, width)
-    _copy(Cs, at[6] + 4 * first, 2 * N * C, H, width)
+    gather(Gs, at[2] + 4 * first, H, 2 * N, width)
+    gather(Us, at[3] + 4 * first, H, 2 * N * R, width)
+    gather(Vs, at[4] + 4 * first, H, 2 * N * R, width)
+    gather(Bs, at[5] + 4 * first, H, 2 * N, width)
+    gather(Cs, at[6] + 4 * first, H, 2 * N * C, width)
     imag = _ROW * N
     for t in range(T):
         u = take(at[1] + 4 * ((t * B + b) * H + first), width)

@@ -1,6 +1,6 @@
 """The selective scan of `spyx.ops.selective` for CPU: forward and backward, float32, real A, discretization "mamba".
 
-An item is one row e of E = B * G and `_WIDTH` of its P channels (backward: a part of them, `_WIDTH_BACK` at a time);
+An item is one row e of E = B * G and `WIDTH` of its P channels (backward: a part of them, `WIDTH` at a time);
 the state of so many channels stays in the cache nearest to the core. Arrays are flat; layouts as in
 `spyx.ops._selective_step`: u, dt, z, y (T, E P), b, c (T, E N), A (N, P) or (E, N, P), states (E, N, P), the states
 before each chunk of K steps (T / K, E, N, P), D and dt_bias (G P), valid (T, B), reset (T, E) or (T, 1). What is absent
@@ -17,7 +17,6 @@ from .custom_call import kernel
 from .memory import flags, floats, ints, prefetch, words
 
 WIDTH = 64
-WIDTH_BACK = 64
 _AHEAD = 4
 """Steps between asking for a row and reading it: rows lie too far apart for the hardware to guess."""
 _one = np.float32(1)
@@ -59,7 +58,7 @@ def _ask_behind(address, start, table, width):
 @njit(fastmath={"reassoc", "contract"})
 def _dot(x, y):
     total = np.float32(0)
-    for p in range(WIDTH_BACK):
+    for p in range(WIDTH):
         total += x[p] * y[p]
     return total
 
@@ -153,23 +152,23 @@ def backward(item, buffers):
     T, E, P, N, K, group, parts = (
         table[_T], table[_E], table[_P], table[_N], table[_K], table[_G], table[_PARTS]
     )  # fmt: skip
-    e, part, blocks = item // parts, item % parts, (P + WIDTH_BACK - 1) // WIDTH_BACK
+    e, part, blocks = item // parts, item % parts, (P + WIDTH - 1) // WIDTH
     row_of_A = e if table[_A_ROWS] > 1 else 0
     valid, reset = flags(at[9], T * table[_VALID_ROWS]), flags(at[10], T * table[_RESET_ROWS])
 
-    states, decays = np.zeros((K + 1, N, WIDTH_BACK), np.float32), np.zeros((K, N, WIDTH_BACK), np.float32)
-    us, raws = np.zeros((K, WIDTH_BACK), np.float32), np.zeros((K, WIDTH_BACK), np.float32)
-    dts, ys = np.zeros((K, WIDTH_BACK), np.float32), np.zeros((K, WIDTH_BACK), np.float32)
-    a, dh = np.zeros((N, WIDTH_BACK), np.float32), np.zeros((N, WIDTH_BACK), np.float32)
-    da = np.zeros((N, WIDTH_BACK), np.float32)
-    local = np.zeros((11, WIDTH_BACK), np.float32)
+    states, decays = np.zeros((K + 1, N, WIDTH), np.float32), np.zeros((K, N, WIDTH), np.float32)
+    us, raws = np.zeros((K, WIDTH), np.float32), np.zeros((K, WIDTH), np.float32)
+    dts, ys = np.zeros((K, WIDTH), np.float32), np.zeros((K, WIDTH), np.float32)
+    a, dh = np.zeros((N, WIDTH), np.float32), np.zeros((N, WIDTH), np.float32)
+    da = np.zeros((N, WIDTH), np.float32)
+    local = np.zeros((11, WIDTH), np.float32)
     D, bias, dD, dbias = local[0], local[1], local[2], local[3]
     drive, dy, z, by_b, by_a, g, change = local[4], local[5], local[6], local[7], local[8], local[9], local[10]
 
     first_block, end_block = part * blocks // parts, (part + 1) * blocks // parts
     for block in range(first_block, end_block):
-        first = block * WIDTH_BACK
-        width = min(WIDTH_BACK, P - first)
+        first = block * WIDTH
+        width = min(WIDTH, P - first)
         a[:], dh[:], da[:], local[:], us[:], raws[:], states[:] = 0, 0, 0, 0, 0, 0, 0
         for n in range(N):
             _load(a[n], at[6], (row_of_A * N + n) * P + first, width)
@@ -193,29 +192,29 @@ def backward(item, buffers):
                 _ask_ahead(at[2], here, table, width)
                 _load(us[j], at[1], here, width)
                 _load(raws[j], at[2], here, width)
-                for p in range(WIDTH_BACK):
+                for p in range(WIDTH):
                     raws[j, p] += bias[p]
                 if table[_SOFTPLUS]:
-                    for p in range(WIDTH_BACK):
+                    for p in range(WIDTH):
                         dts[j, p] = softplus(raws[j, p])
                 else:
                     dts[j] = raws[j]
-                for p in range(WIDTH_BACK):
+                for p in range(WIDTH):
                     drive[p] = dts[j, p] * us[j, p]
-                for p in range(WIDTH_BACK):
+                for p in range(WIDTH):
                     ys[j, p] = D[p] * us[j, p]
                 b, c = floats(at[3] + 4 * (t * E + e) * N, N), floats(at[4] + 4 * (t * E + e) * N, N)
                 cleared = _cleared(table, reset, t, e)
                 for n in range(N):
                     if cleared:
-                        for p in range(WIDTH_BACK):
+                        for p in range(WIDTH):
                             states[j + 1, n, p] = drive[p] * b[n]
                     else:
-                        for p in range(WIDTH_BACK):
+                        for p in range(WIDTH):
                             decays[j, n, p] = exp2(dts[j, p] * a[n, p] * LOG2_E)
-                        for p in range(WIDTH_BACK):
+                        for p in range(WIDTH):
                             states[j + 1, n, p] = decays[j, n, p] * states[j, n, p] + drive[p] * b[n]
-                    for p in range(WIDTH_BACK):
+                    for p in range(WIDTH):
                         ys[j, p] += states[j + 1, n, p] * c[n]
 
             for i in range(K):
@@ -238,46 +237,46 @@ def backward(item, buffers):
                 if table[_HAS_Z]:
                     _ask_behind(at[5], here, table, width)
                     _load(z, at[5], here, width)
-                    for p in range(WIDTH_BACK):
+                    for p in range(WIDTH):
                         s = sigmoid(z[p])
                         g[p] = dy[p] * ys[j, p] * s * (_one + z[p] * (_one - s))
                         z[p] = z[p] * s
                     _store(at[18], here, g, width)
-                    for p in range(WIDTH_BACK):
+                    for p in range(WIDTH):
                         dy[p] *= z[p]
-                for p in range(WIDTH_BACK):
+                for p in range(WIDTH):
                     drive[p] = dts[j, p] * us[j, p]
                 b, c = floats(at[3] + 4 * (t * E + e) * N, N), floats(at[4] + 4 * (t * E + e) * N, N)
                 cleared = _cleared(table, reset, t, e)
                 for n in range(N):
-                    for p in range(WIDTH_BACK):
+                    for p in range(WIDTH):
                         g[p] = dh[n, p] + dy[p] * c[n]
-                    for p in range(WIDTH_BACK):
+                    for p in range(WIDTH):
                         by_b[p] += g[p] * b[n]
                     if cleared:
-                        for p in range(WIDTH_BACK):
+                        for p in range(WIDTH):
                             dh[n, p] = 0
                     else:
-                        for p in range(WIDTH_BACK):
+                        for p in range(WIDTH):
                             dh[n, p] = g[p] * decays[j, n, p]
-                        for p in range(WIDTH_BACK):
+                        for p in range(WIDTH):
                             change[p] = dh[n, p] * states[j, n, p]
-                        for p in range(WIDTH_BACK):
+                        for p in range(WIDTH):
                             by_a[p] += change[p] * a[n, p]
-                        for p in range(WIDTH_BACK):
+                        for p in range(WIDTH):
                             da[n, p] += change[p] * dts[j, p]
                     db[n] += _dot(g, drive)
                     dc[n] += _dot(states[j + 1, n], dy)
-                for p in range(WIDTH_BACK):
+                for p in range(WIDTH):
                     dD[p] += dy[p] * us[j, p]
-                for p in range(WIDTH_BACK):
+                for p in range(WIDTH):
                     by_a[p] += us[j, p] * by_b[p]
                 if table[_SOFTPLUS]:
-                    for p in range(WIDTH_BACK):
+                    for p in range(WIDTH):
                         by_a[p] *= sigmoid(raws[j, p])
-                for p in range(WIDTH_BACK):
+                for p in range(WIDTH):
                     dbias[p] += by_a[p]
-                for p in range(WIDTH_BACK):
+                for p in range(WIDTH):
                     by_b[p] = dts[j, p] * by_b[p] + dy[p] * D[p]
                 _store(at[14], here, by_b, width)
                 _store(at[15], here, by_a, width)

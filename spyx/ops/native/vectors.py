@@ -190,3 +190,10 @@ def put(address, value, width):
         store(address, value)
     else:
         store_some(address, value, width)
+
+
+@njit
+def gather(to, address, stride, rows, width):
+    """`rows` rows of `width` numbers, `stride` numbers apart, side by side in local memory, `WIDTH` for each."""
+    for j in range(rows):
+        store(to + 4 * WIDTH * j, take(address + 4 * stride * j, width))
