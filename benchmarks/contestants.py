@@ -39,23 +39,30 @@ def _selective_inputs(case: Case) -> dict[str, np.ndarray]:
     return values
 
 
+def _cotangent(shape: tuple[int, ...]) -> np.ndarray:
+    """The gradient of some loss with respect to outputs of this shape."""
+    return np.random.default_rng(0).standard_normal(shape, np.float32)
+
+
 def _jax_prepared(function: Callable, args: tuple[Any, ...]) -> Prepared:
-    """Compile `function(*args)` and the gradient of its squared sum for every argument."""
+    """Compile `function(*args)`, and its outputs with the gradients of every argument from a given cotangent."""
     import time
 
     import jax
     import jax.numpy as jnp
 
-    def loss(*args):
-        return jnp.sum(function(*args) ** 2)
+    def both(cotangent, *args):
+        outputs, pull_back = jax.vjp(function, *args)
+        return outputs, pull_back(cotangent)
 
+    cotangent = jnp.asarray(_cotangent(jax.eval_shape(function, *args).shape))
     run, facts = {}, {}
-    for kind, program in (("forward", function), ("both", jax.value_and_grad(loss, tuple(range(len(args)))))):
+    for kind, program, operands in (("forward", function, args), ("both", both, (cotangent, *args))):
         start = time.perf_counter()
-        compiled = jax.jit(program).lower(*args).compile()
+        compiled = jax.jit(program).lower(*operands).compile()
         facts[f"{kind}_compile_s"] = time.perf_counter() - start
         facts[f"{kind}_temp_bytes"] = compiled.memory_analysis().temp_size_in_bytes
-        run[kind] = lambda compiled=compiled: jax.block_until_ready(compiled(*args))
+        run[kind] = lambda compiled=compiled, operands=operands: jax.block_until_ready(compiled(*operands))
     facts["checksum"] = float(jnp.sum(jnp.abs(run["forward"]())))
     return Prepared(run, facts)
 
@@ -69,11 +76,13 @@ def _torch_prepared(function: Callable, inputs: list[Any], parameters: list[Any]
         with torch.no_grad():
             return function(*inputs)
 
+    cotangent = torch.from_numpy(_cotangent(tuple(forward().shape)))
+
     def both():
         leaves = [value.detach().requires_grad_() for value in inputs]
         for parameter in parameters:
             parameter.grad = None
-        (function(*leaves) ** 2).sum().backward()
+        function(*leaves).backward(cotangent)
 
     return Prepared({"forward": forward, "both": both}, {"checksum": float(forward().abs().sum())})
 

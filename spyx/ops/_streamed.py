@@ -17,7 +17,7 @@ from ._blocked import cut, factor, over_blocks, previous, quarter_turn, run, run
 from .dispatch import platform_primitive
 
 _BLOCK_BYTES = 4 << 20
-_MAX_ROWS = 1024
+_MAX_ROWS = 2048
 _MIN_BLOCKS = 8
 _AXIS = -2
 
@@ -70,7 +70,8 @@ def forward(system: System, u, h0, reset, valid, *, reverse: bool, precision, by
         y_b = clear(read_out(H, u_b, system, precision), valid_b, y.dtype)
         return h, lax.dynamic_update_slice_in_dim(y, y_b, start, 0), before
 
-    state = (h0, jnp.zeros((T, B, system.C.shape[-1]), u.dtype), saved_states(system, u, h0))
+    y = _results((T, B, system.C.shape[-1]), u.dtype, by_platform)
+    state = (h0, y, saved_states(system, u, h0))
     h, y, before = over_blocks(block, state, T, L, reverse=reverse)
     return y, h, before
 
@@ -101,7 +102,8 @@ def adjoint(system: System, u, h0, reset, valid, before, dy, dh_last, *, reverse
 
     zero = jax.tree.map(jnp.zeros_like, system)
     zero = zero._replace(**{name: jnp.zeros(_turned(getattr(system, name).shape), h0.dtype) for name in "BC"})
-    c, du, total = over_blocks(block, (dh_last, jnp.zeros_like(u), zero), T, L, reverse=not reverse)
+    du = _results(u.shape, u.dtype, by_platform)
+    c, du, total = over_blocks(block, (dh_last, du, zero), T, L, reverse=not reverse)
     return total._replace(B=total.B.transpose(1, 2, 0), C=total.C.transpose(1, 2, 0)), du, c
 
 
@@ -139,13 +141,25 @@ def _native_transpose(lam, x, h, *others, reverse: bool):
     return H, d_lam[: lam.shape[0]], G, c
 
 
+def _native_empty(*, shape, dtype):
+    from .native import custom_call
+
+    return custom_call.empty(shape, dtype)
+
+
 def _both(lam, h):
     """lam (P', N) with as many parts as the state (B, P, N) has."""
     return jnp.pad(lam, ((0, h.shape[1] - lam.shape[0]), (0, 0)))
 
 
+_empty_by_platform = platform_primitive("empty", jnp.zeros, native=_native_empty)
 _scan_by_platform = platform_primitive("diagonal_scan", _scan, native=_native_scan)
 _transpose_by_platform = platform_primitive("diagonal_scan_transpose", _transpose, native=_native_transpose)
+
+
+def _results(shape, dtype, by_platform: bool):
+    """The array that the blocks fill one after the other."""
+    return _empty_by_platform(shape=shape, dtype=dtype) if by_platform else jnp.zeros(shape, dtype)
 
 
 def clear(z, valid, dtype):
