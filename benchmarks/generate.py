@@ -2,6 +2,8 @@
 
 Each contestant in its own process, with the same weights, taking turns; medians; transformers with 1 and 2 threads.
 Tokens per second, a prompt of 2048 tokens, time to the first token, peak memory. Greedy tokens of all must be equal.
+The floor of a prompt are its matrix products and its exponentials alone, by XLA. Short calls are timed warm, one after
+the other, as in the other benchmarks.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 TRAINED = ROOT / "parity" / "golden" / "hf_mamba_trained" / "hf"
 CONTESTANTS = ("ours", "transformers-1", "transformers-2")
+FLOOR = "floor"
 SHAPES = {"mamba-130m, 4 layers": {"hidden_size": 768, "num_hidden_layers": 4, "vocab_size": 50280}}
 PROMPT, NEW, LONG = 16, 64, 2048
 
@@ -52,25 +55,61 @@ def load_transformers(folder: str, threads: int) -> Callable[[Any, int], Any]:
     return run
 
 
+def load_floor(folder: str) -> Callable[[Any, int], Any]:
+    """A function with the cost of a prompt's matrix products and exponentials, whose ids mean nothing."""
+    import jax
+    import jax.numpy as jnp
+
+    from compat_torch.checkpoint import from_pretrained
+
+    model = from_pretrained(folder)
+    mixers = [layer.mixer for layer in model.backbone.layers]
+    weights = [[*(v[...] for v in (m.in_proj.kernel, m.x_proj.kernel, m.dt_proj.kernel, m.A_log, m.out_proj.kernel))]
+               for m in mixers]  # fmt: skip
+
+    @jax.jit
+    def run(x, weights):
+        for project_in, project_x, project_dt, A_log, project_out in weights:
+            u = (x @ project_in)[:, : A_log.shape[0]]
+            dt = (u @ project_x)[:, : project_dt.shape[0]] @ project_dt
+            u = u + jnp.sum(jnp.exp(dt[..., None] * A_log), -1)
+            x = u @ project_out
+        return x
+
+    x = jnp.ones((LONG, model.config.hidden_size))
+
+    def floor(ids, new):
+        jax.block_until_ready(run(x, weights))
+        return ids
+
+    return floor
+
+
+def load(name: str, folder: str) -> Callable[[Any, int], Any]:
+    """`(ids, new) -> ids` of a contestant."""
+    if name in ("ours", FLOOR):
+        return load_ours(folder) if name == "ours" else load_floor(folder)
+    return load_transformers(folder, int(name[-1]))
+
+
 def worker(name: str, folder: str) -> None:
-    """Answer JSON commands: {"batch", "prompt", "new"} -> seconds, the last tokens, peak bytes."""
+    """Answer JSON commands: {"batch", "prompt", "new", "warm"} -> seconds, the last tokens, peak bytes."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     import numpy as np
-    from worker import peak_rss
+    from worker import peak_rss, seconds
 
     started = time.perf_counter()
-    run = load_ours(folder) if name == "ours" else load_transformers(folder, int(name[-1]))
+    run = load(name, folder)
     answers.write(json.dumps({"load": time.perf_counter() - started, "bytes": peak_rss()}) + "\n")
     answers.flush()
     for line in sys.stdin:
         command = json.loads(line)
         ids = np.random.default_rng(0).integers(0, command["vocabulary"], (command["batch"], command["prompt"]))
-        started = time.perf_counter()
-        out = run(ids, command["new"])
-        seconds = time.perf_counter() - started
-        tokens = out[:, command["prompt"] :].tolist()
-        answers.write(json.dumps({"seconds": seconds, "tokens": tokens, "bytes": peak_rss()}) + "\n")
+        outs = []
+        taken = seconds(lambda ids=ids, new=command["new"], outs=outs: outs.append(run(ids, new)), command["warm"])
+        tokens = outs[-1][:, command["prompt"] :].tolist()
+        answers.write(json.dumps({"seconds": taken, "tokens": tokens, "bytes": peak_rss()}) + "\n")
         answers.flush()
 
 
@@ -136,7 +175,7 @@ def first_token(folder: Path, vocabulary: int, cache: str) -> dict[str, float]:
         ("transformers-1", "transformers"),
     ):
         contestant = Contestant(name, folder, cache)
-        seconds[key] = contestant.run(batch=1, prompt=PROMPT, new=1, vocabulary=vocabulary)["seconds"]
+        seconds[key] = contestant.run(batch=1, prompt=PROMPT, new=1, vocabulary=vocabulary, warm=False)["seconds"]
         contestant.close()
     return seconds
 
@@ -155,7 +194,7 @@ def compare(title: str, folder: Path, rounds: int) -> None:
         }
         with contestants(folder, cache) as all_of_them:
             for label, work in works.items():
-                command = {**work, "vocabulary": vocabulary}
+                command = {**work, "vocabulary": vocabulary, "warm": True}
                 warm = [c.run(**command) for c in all_of_them]
                 # a peer several times slower than another one is not asked again
                 going = [a["seconds"] < 3 * min(b["seconds"] for b in warm[1:]) for a in warm]
@@ -174,6 +213,10 @@ def compare(title: str, folder: Path, rounds: int) -> None:
                     f"{theirs / seconds[0]:.1f}x; peak MB over the weights {memory[0]:.0f}, {memory[1]:.0f}; "
                     f"tokens {'equal' if equal else 'DIFFER'}"
                 )
+            floor = Contestant(FLOOR, folder, cache)
+            answers = [floor.run(batch=1, prompt=LONG, new=0, vocabulary=vocabulary, warm=True) for _ in range(rounds)]
+            floor.close()
+            print(f"  floor of a prompt, s: {statistics.median(a['seconds'] for a in answers):.3g}")
 
 
 def random_model(folder: Path, **sizes: int) -> None:
@@ -190,7 +233,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--models", nargs="*", choices=["trained", *SHAPES], default=["trained", *SHAPES])
-    parser.add_argument("--worker", choices=CONTESTANTS, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", choices=(*CONTESTANTS, FLOOR), help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:

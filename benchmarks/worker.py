@@ -20,10 +20,13 @@ def peak_rss() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def seconds(run: Callable[[], Any]) -> float:
-    """Median over up to 9 calls; of a call shorter than 0.2 s the first, which wakes an idle core, does not count."""
+def seconds(run: Callable[[], Any], warm: bool = True) -> float:
+    """Median over up to 9 calls; of a call shorter than 0.2 s the first, which wakes an idle core, does not count.
+
+    If not `warm`, it is one call.
+    """
     times: list[float] = []
-    while sum(times) < 0.2 and len(times) < 10:
+    while not times or (warm and sum(times) < 0.2 and len(times) < 10):
         start = time.perf_counter()
         run()
         times.append(time.perf_counter() - start)

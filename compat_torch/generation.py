@@ -134,12 +134,12 @@ def generate(
     pending = np.take_along_axis(rows, lengths[:, None] - 1, 1)[:, 0]
     before = rows.shape[1] - 1
     room, buffer = _power_of_two(before, _SHORTEST_PREFILL), _power_of_two(max_new_tokens, _SHORTEST_BUFFER)
-    if state is None:
-        state = model.allocate_inference_cache(B, room + buffer)
     graphdef, variables = nnx.split(model)
     if (lengths > 1).any():
         prompt = np.pad(rows[:, :-1], ((0, 0), (0, room - before)))
-        state = _prefill(graphdef, variables, prompt, lengths - 1, state)
+        state = _prefill(graphdef, room + buffer, variables, prompt, lengths - 1, state)
+    elif state is None:
+        state = model.allocate_inference_cache(B, room + buffer)
     else:
         state = jax.tree.map(jnp.array, state)
     start = GenerationCache(state, jnp.array(pending), jnp.array(finished), jnp.array(seen))
@@ -179,9 +179,11 @@ def _stream(advance: Callable, max_new_tokens: int, loop: _Loop, on_token: Calla
     return loop
 
 
-@partial(jax.jit, static_argnums=0)
-def _prefill(graphdef, variables, ids, lengths, state):
-    return nnx.merge(graphdef, variables).prefill(ids, state, lengths=lengths)[1]
+@partial(jax.jit, static_argnums=(0, 1))
+def _prefill(graphdef, room: int, variables, ids, lengths, state):
+    model = nnx.merge(graphdef, variables)
+    state = model.allocate_inference_cache(len(ids), room) if state is None else state
+    return model.prefill(ids, state, lengths=lengths)[1]
 
 
 @partial(jax.jit, static_argnums=(0, 1), donate_argnames="loop")
