@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from contestants import Case, Prepared, _import_lrnnx, _jax_prepared, _noise, _torch_prepared, _with_threads
+from contestants import (
+    Case,
+    Prepared,
+    _gemm_floor,
+    _import_lrnnx,
+    _jax_prepared,
+    _noise,
+    _torch_prepared,
+    _with_threads,
+)
 
 DECODE_STEPS = 128
 LAYERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -97,6 +106,41 @@ def _lrnnx(case: Case, threads: int) -> Prepared:
     return prepared
 
 
+def _rglru_products(case: Case) -> Prepared:
+    """Only the matrix products of RGLRU."""
+    import jax.numpy as jnp
+
+    B, L, H, _ = case["shape"]
+    v = _noise(case, x=(L * B, H), gate=(H, H), inner=(H, H), recurrent=(H, H), input=(H, H), out=(H, H))
+
+    def products(x, gate, inner, recurrent, input, out):
+        u = x @ inner
+        return (x @ gate + u @ recurrent + u @ input) @ out
+
+    return _jax_prepared(products, tuple(map(jnp.asarray, v.values())))
+
+
+def _s7_products(case: Case) -> Prepared:
+    """Only the matrix products of S7, those of the made matrices with vectors left out."""
+    import jax.numpy as jnp
+
+    B, L, H, N = case["shape"]
+    v = _noise(case, x=(L * B, H), inner=(H, H), gate=(H, H), made=(H, 2 * N + 2 * H * N + H))
+    return _jax_prepared(lambda x, inner, gate, made: ((x @ inner) @ gate) @ made, tuple(map(jnp.asarray, v.values())))
+
+
+def _event_s5_products(case: Case) -> Prepared:
+    B, L, H, N = case["shape"]
+    return _gemm_floor({**case, "shape": (L, B, H, N)})
+
+
+PRODUCTS = {"RGLRU": _rglru_products, "S7": _s7_products, "event S5": _event_s5_products}
+"""Floors: a layer can hardly be faster in XLA than its matrix products."""
 LAYER_CONTESTANTS: dict[str, dict[str, Callable[[Case], Prepared]]] = {
-    name: {"ours": _ours, **_with_threads(_lrnnx, "lrnnx")} for name in LAYERS
+    name: {
+        "ours": _ours,
+        **_with_threads(_lrnnx, "lrnnx"),
+        **({"products": PRODUCTS[name]} if name in PRODUCTS else {}),
+    }
+    for name in LAYERS
 }

@@ -1,7 +1,8 @@
 """How fast are the lrnnx classes of compat_torch next to lrnnx itself, on this CPU? `make bench-layers`
 
 Each class in its own process, the rounds interleaved, lrnnx at its better thread count: forward, forward and backward,
-and 128 decoding steps; and the temporary memory of S4D and S4 against the number of states.
+and 128 decoding steps; for some classes also their matrix products alone, by XLA; and the temporary memory of S4D and
+S4 against the number of states.
 """
 
 from __future__ import annotations
@@ -27,18 +28,21 @@ def main() -> None:
     args = parser.parse_args()
     results, memory = [], []
     print(
-        f"{'class':7}{'(B, L, H, N)':>22}" + "".join(f"{kind + ' ms':>12}{'lrnnx':>10}{'ratio':>7}" for kind in KINDS)
+        f"{'class':7}{'(B, L, H, N)':>22}"
+        + "".join(f"{kind + ' ms':>12}{'lrnnx':>10}{'ratio':>7}" for kind in KINDS)
+        + f"{'products ms':>13}"
     )
     for name in args.classes:
         for shape in SHAPES["ltv" if is_varying(name) else "lti"]:
             rows = best_threads(measure(name, shape, args.rounds, "", list(LAYER_CONTESTANTS[name]), KINDS), KINDS)
-            ours, theirs = rows
+            ours, theirs, *floor = rows
             cells = [f"{name:7}{shape!s:>22}"]
             for kind in KINDS:
                 mine, other = ours.get(f"{kind}_s"), theirs.get(f"{kind}_s")
                 cells.append(
                     f"{mine * 1e3:12.2f}{other * 1e3:10.2f}{other / mine:7.1f}" if mine and other else f"{'-':>29}"
                 )
+            cells += [f"{row['forward_s'] * 1e3:13.2f}" for row in floor if "forward_s" in row]
             print("".join(cells), *(row["error"] for row in rows if "error" in row), flush=True)
             results += rows
     for name in [name for name in args.classes if name in ("S4D", "S4")]:

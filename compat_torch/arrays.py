@@ -35,6 +35,11 @@ def as_views() -> Iterator[None]:
         _AS_VIEWS.reset(token)
 
 
+def keeps_views() -> bool:
+    """Whether the caller is inside `as_views`."""
+    return _AS_VIEWS.get()
+
+
 def to_device(array: np.ndarray, dtype: DTypeLike | None = None) -> jax.Array | np.ndarray:
     """A copy of `array` on JAX's default device, whatever its strides; inside `as_views` the array itself.
 
@@ -106,8 +111,10 @@ def count_nonfinite(array: Any) -> int:
     array = np.asarray(array)
     if array.dtype.kind in "iub" or not array.size:
         return 0
-    if array.dtype.kind == "f" and np.isfinite(array.max()) and np.isfinite(array.min()):
-        return 0
+    if array.dtype.kind == "f":
+        with np.errstate(over="ignore", invalid="ignore"):
+            if np.isfinite(array.sum()):
+                return 0
     return int(array.size - np.count_nonzero(np.isfinite(array)))
 
 

@@ -27,7 +27,7 @@ def decode(
         model: any layer of compat_torch that has a step.
         x: inputs in the layout of the layer's forward: (B, L, H), or (B, H, L) for a transposed S4 or S4D.
         inference_cache: from `allocate_inference_cache`, or from a call on a prompt. Not changed.
-        integration_timesteps: shape (B, L), of time-varying layers in event mode.
+        integration_timesteps: shape (B, L) or (B, L, 1), of time-varying layers in event mode.
 
     Returns:
         `(y, cache)`: outputs in the layout of `x`, and the cache after the last step.
@@ -42,8 +42,16 @@ def decode(
     if x.ndim != 3:
         layout = "(B, L, H)" if axis == 1 else "(B, H, L)"
         raise ValueError(f"decode expects inputs {layout} for {type(model).__name__}, got shape {x.shape}")
+    timesteps = None
+    if integration_timesteps is not None:
+        timesteps, shape = jnp.asarray(integration_timesteps), (x.shape[0], x.shape[axis])
+        if timesteps.shape not in (shape, (*shape, 1)):
+            raise ValueError(
+                f"decode: integration_timesteps must have shape (B, L) = {shape} (or a last axis of 1 more), "
+                f"got {timesteps.shape}"
+            )
+        timesteps = timesteps.reshape(shape).T
     graphdef, variables = nnx.split(model)
-    timesteps = None if integration_timesteps is None else jnp.swapaxes(jnp.asarray(integration_timesteps), 0, 1)
     y, cache = _decode(graphdef, variables, jnp.moveaxis(x, axis, 0), inference_cache, timesteps)
     return jnp.moveaxis(y, 0, axis), cache
 

@@ -100,9 +100,9 @@ def generate(
 
     Raises:
         TypeError: not a language model, ids or mask that are not integers, a callback that cannot be called.
-        ValueError: wrong shapes, ids outside of the vocabulary, an empty row, settings outside of their range, top_k or
-            top_p without a temperature, a cache of another batch size; logits that are NaN, as those of an attention
-            layer without room are.
+        ValueError: wrong shapes, a dtype of ids that cannot hold every token, ids outside of the vocabulary, an empty
+            row, settings outside of their range, top_k or top_p without a temperature, a cache of another batch size;
+            logits that are NaN, as those of an attention layer without room are.
 
     Source: order and meaning of penalty, temperature, top_k and top_p are those of transformers; nucleus sampling
     arXiv:1904.09751, repetition penalty arXiv:1909.05858.
@@ -252,6 +252,8 @@ def _ids(input_ids: Any, vocabulary: int) -> Int[np.ndarray, "B L"]:
         raise ValueError(f"generate expects token ids (B, L) with B at least 1, got shape {ids.shape}")
     if ids.size and not np.issubdtype(ids.dtype, np.integer):
         raise TypeError(f"generate expects integer token ids (B, L), got {ids.dtype}")
+    if ids.size and vocabulary - 1 > np.iinfo(ids.dtype).max:
+        raise ValueError(f"generate: {ids.dtype} ids cannot hold all {vocabulary} tokens of the model: pass int32")
     if ids.size and not 0 <= ids.min() <= ids.max() < vocabulary:
         raise ValueError(f"generate: token ids must be in [0, {vocabulary}), got {ids.min()} to {ids.max()}")
     return ids.astype(np.int32)

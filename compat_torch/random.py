@@ -25,8 +25,14 @@ def manual_seed(seed: int) -> None:
 
 
 def default_rngs(rngs: nnx.Rngs | None) -> nnx.Rngs:
-    """`rngs`, or the next streams of the process-wide sequence: never the same twice."""
+    """`rngs`, or the next streams of the process-wide sequence: never the same twice.
+
+    Raises:
+        TypeError: a key or a seed in place of streams.
+    """
     if rngs is not None:
+        if not callable(rngs):
+            raise TypeError(f"rngs must be flax.nnx.Rngs, as nnx.Rngs(0) makes them, got {type(rngs).__name__}")
         return rngs
     with _lock:
         return nnx.Rngs(jax.random.fold_in(jax.random.key(_seed), next(_draws)))

@@ -177,7 +177,8 @@ def load_state_dict(
         raise StateDictMismatchError(type(module).__name__, *shown, mismatched, known=list(names))
     for entry, array in loads.values():
         entry.write(array, dtype)
-        arrays.release(array)
+        if not arrays.keeps_views():
+            arrays.release(array)
     return IncompatibleKeys(missing, unexpected)
 
 

@@ -1,13 +1,16 @@
 """Spike functions: a step forward, a surrogate gradient backward.
 
 Every factory returns a compiled function `Array -> Array`, elementwise, for the `activation=` of a neuron of `spyx.nn`.
-Its argument is the membrane potential minus the threshold. Slopes and widths are numbers, not traced values. Which
-surrogate to take: arXiv:1901.09948.
+Its argument is the membrane potential minus the threshold. Slopes and widths are numbers, not traced values. Functions
+made of the same parts are equal, and can be copied and pickled if their parts can. Which surrogate to take:
+arXiv:1901.09948.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -43,9 +46,36 @@ def custom(bwd: Activation = _identity, fwd: Activation = heaviside) -> Activati
     for name, function in (("bwd", bwd), ("fwd", fwd)):
         if not callable(function):
             raise TypeError(f"custom: {name} must be a function Array -> Array, got {function!r}")
-    spike = jax.custom_vjp(fwd)
-    spike.defvjp(lambda x: (fwd(x), x), lambda x, g: ((g * bwd(x)).astype(x.dtype),))
-    return jax.jit(spike)
+    return _Spike(bwd, fwd)
+
+
+@dataclass(frozen=True)
+class _Spike:
+    """`fwd(x)`, differentiated by `bwd(x, *numbers)`."""
+
+    bwd: Callable[..., Array]
+    fwd: Activation = heaviside
+    numbers: tuple[float, ...] = ()
+
+    def __call__(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+        return _compiled(self, x)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _spike(parts: _Spike, x: Array) -> Array:
+    return parts.fwd(x)
+
+
+def _spike_fwd(parts: _Spike, x: Array) -> tuple[Array, Array]:
+    return parts.fwd(x), x
+
+
+def _spike_bwd(parts: _Spike, x: Array, g: Array) -> tuple[Array]:
+    return ((g * parts.bwd(x, *parts.numbers)).astype(x.dtype),)
+
+
+_spike.defvjp(_spike_fwd, _spike_bwd)
+_compiled = jax.jit(_spike, static_argnums=0)
 
 
 def tanh(k: float = 1) -> Activation:
@@ -56,11 +86,11 @@ def tanh(k: float = 1) -> Activation:
 
     Source: arXiv:1901.09948.
     """
+    return _Spike(_tanh, numbers=(float(k),))
 
-    def derivative(x):
-        return 4 * jax.nn.sigmoid(2 * k * x) * jax.nn.sigmoid(-2 * k * x)
 
-    return custom(derivative)
+def _tanh(x: Array, k: float) -> Array:
+    return 4 * jax.nn.sigmoid(2 * k * x) * jax.nn.sigmoid(-2 * k * x)
 
 
 def boxcar(width: float = 2, height: float = 0.5) -> Activation:
@@ -72,11 +102,11 @@ def boxcar(width: float = 2, height: float = 0.5) -> Activation:
 
     Source: arXiv:1901.09948.
     """
+    return _Spike(_boxcar, numbers=(float(width), float(height)))
 
-    def derivative(x):
-        return height * heaviside(width / 2 - jnp.abs(x))
 
-    return custom(derivative)
+def _boxcar(x: Array, width: float, height: float) -> Array:
+    return height * heaviside(width / 2 - jnp.abs(x))
 
 
 def triangular(k: float = 2) -> Activation:
@@ -87,11 +117,11 @@ def triangular(k: float = 2) -> Activation:
 
     Source: Esser et al. 2016 (arXiv:1603.08270).
     """
+    return _Spike(_triangular, numbers=(float(k),))
 
-    def derivative(x):
-        return jnp.maximum(0, 1 - jnp.abs(k * x))
 
-    return custom(derivative)
+def _triangular(x: Array, k: float) -> Array:
+    return jnp.maximum(0, 1 - jnp.abs(k * x))
 
 
 def arctan(k: float = 2) -> Activation:
@@ -102,11 +132,11 @@ def arctan(k: float = 2) -> Activation:
 
     Source: Fang et al. 2021 (arXiv:2007.05785), scaled by 1 / pi as in spyx 1.0.0.
     """
+    return _Spike(_arctan, numbers=(float(k),))
 
-    def derivative(x):
-        return 1 / (jnp.pi * (1 + (jnp.pi * k * x) ** 2))
 
-    return custom(derivative)
+def _arctan(x: Array, k: float) -> Array:
+    return 1 / (jnp.pi * (1 + (jnp.pi * k * x) ** 2))
 
 
 def superspike(k: float = 25) -> Activation:
@@ -117,8 +147,8 @@ def superspike(k: float = 25) -> Activation:
 
     Source: SuperSpike, Zenke and Ganguli 2018 (arXiv:1705.11146).
     """
+    return _Spike(_superspike, numbers=(float(k),))
 
-    def derivative(x):
-        return 1 / (1 + k * jnp.abs(x)) ** 2
 
-    return custom(derivative)
+def _superspike(x: Array, k: float) -> Array:
+    return 1 / (1 + k * jnp.abs(x)) ** 2

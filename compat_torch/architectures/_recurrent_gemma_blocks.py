@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 from spyx.ops import causal_conv1d, linear_scan
 from spyx.ops.dtypes import state_dtype, widen
 
+from ..core.compiled import compiled
 from ..core.layers import depthwise_conv, taps
 from ..layers.mha import attention, rotate
 
@@ -170,6 +171,7 @@ class LocalAttention(nnx.Module):
         k, v = (jnp.zeros((batch, min(self.window, max_seqlen), self.G, self.E), dtype) for _ in range(2))
         return {"k": k, "v": v, "seqlen_offset": jnp.zeros(batch, jnp.int32)}
 
+    @compiled
     def _by_windows(self, pieces, ring: Cache) -> tuple[Float[Array, "B L HE"], Cache]:
         """A window of queries after the other, each over what the ring holds and itself."""
         B, L = pieces[3].shape

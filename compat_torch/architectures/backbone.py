@@ -13,14 +13,13 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from spyx.ops.scan import check_lengths
-
 from ..core.base import LRNN
 from ..core.discretization import Reference
-from ..core.layers import symmetric_uniform
+from ..core.layers import look_up, symmetric_uniform
 from ..layers import MHA, Block, GatedMLP
 from ..layers.block import has_event_mode, layer_norm, normalise, rms_norm
 from ..random import default_rngs
+from .causal_lm import as_tokens, check_layers, check_one_token, valid_tokens
 
 Caches = dict[int, Any]
 
@@ -166,10 +165,14 @@ class LRNNModel(LRNN):
         """Hidden states after the final norm, (B, L, d_model), 0 past `lengths`; with a cache, `(hidden, cache)`.
 
         Raises:
-            ValueError: wrong rank; `integration_timesteps` in a model without a mixer that has an event mode.
+            ValueError: wrong rank; ids outside of the vocabulary, where their values are known (not under jit);
+                `integration_timesteps` in a model without a mixer that has an event mode.
             TypeError: ids that are not integers.
         """
-        hidden, residual = self._embed(input_ids, integration_timesteps), None
+        ids, lengths = self._valid(input_ids, integration_timesteps, lengths)
+        if inference_cache is not None:
+            check_layers(self._name, inference_cache, len(self.layers))
+        hidden, residual = self._embed(ids), None
         cache: Caches = {}
         for i, layer in enumerate(self.layers):
             given = None if inference_cache is None else inference_cache[i]
@@ -181,10 +184,7 @@ class LRNNModel(LRNN):
                 cache[i] = out[2]
         hidden = self._leave(hidden, residual)
         if lengths is not None:
-            B, L = hidden.shape[:2]
-            lengths = jnp.asarray(lengths)
-            check_lengths(lengths, (L, B))
-            hidden = jnp.where((jnp.arange(L) < lengths[:, None])[..., None], hidden, 0)
+            hidden = jnp.where((jnp.arange(ids.shape[1]) < lengths[:, None])[..., None], hidden, 0)
         return hidden if inference_cache is None else (hidden, cache)
 
     def step(
@@ -193,8 +193,15 @@ class LRNNModel(LRNN):
         caches: Caches,
         integration_timesteps: Float[Array, "B 1"] | Float[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B 1 H"], Caches]:
-        """One token: `(hidden, caches)` from ids (B, 1) and the caches before it, which are left as they are."""
-        hidden, residual = self._embed(input_ids, integration_timesteps), None
+        """One token: `(hidden, caches)` from ids (B, 1) and the caches before it, which are left as they are.
+
+        Raises:
+            ValueError, TypeError: as a call; more than one token; caches that do not fit.
+        """
+        ids = self._valid(input_ids, integration_timesteps)[0]
+        check_one_token(self._name, ids)
+        check_layers(self._name, caches, len(self.layers))
+        hidden, residual = self._embed(ids), None
         after: Caches = {}
         for i, layer in enumerate(self.layers):
             hidden, residual, after[i] = layer.step(hidden, residual, caches[i], integration_timesteps)
@@ -207,18 +214,18 @@ class LRNNModel(LRNN):
             for i, layer in enumerate(self.layers)
         }
 
-    def _embed(self, input_ids, integration_timesteps):
-        ids = jnp.asarray(input_ids)
-        if ids.ndim != 2:
-            raise ValueError(f"{self._name} expects token ids (B, L), got shape {ids.shape}")
-        if not jnp.issubdtype(ids.dtype, jnp.integer):
-            raise TypeError(f"{self._name} expects integer token ids (B, L), got {ids.dtype}")
+    def _valid(self, input_ids, integration_timesteps, lengths=None):
+        """The ids and the lengths, checked."""
+        ids = as_tokens(self._name, input_ids)
         if integration_timesteps is not None and not self._has_event_mode:
             raise ValueError(
                 f"{self._name}: integration_timesteps needs a mixer with an event mode (Mamba), the mixers are "
                 f"{self.mixer_types}"
             )
-        hidden = jnp.take(self.embedding.embedding[...], ids, axis=0)
+        return valid_tokens(self._name, ids, lengths, self.vocab_size)
+
+    def _embed(self, ids: Int[Array, "B L"]) -> Float[Array, "B L H"]:
+        hidden = look_up(self.embedding.embedding[...], ids)
         return hidden if self.dtype is None else hidden.astype(self.dtype)
 
     def _leave(self, hidden, residual):

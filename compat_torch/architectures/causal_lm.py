@@ -170,6 +170,10 @@ class CausalLM(nnx.Module):
             ValueError, TypeError: as a call; a cache that does not fit.
         """
         ids, lengths = self._valid(self._tokens(input_ids), lengths)
+        if cache is None:
+            raise ValueError(
+                f"{self._name}: prefill needs a cache; make one with allocate_inference_cache(batch_size, max_seqlen)"
+            )
         states, after = self._run(ids, lengths, cache, False)
         hidden = _place(states[-1], lengths, None)
         if last_only:
@@ -184,8 +188,7 @@ class CausalLM(nnx.Module):
             ValueError, TypeError: as a call; more than one token; a cache that does not fit.
         """
         ids = self._tokens(input_ids)
-        if ids.shape[1] != 1:
-            raise ValueError(f"{self._name}: step takes one token a row, (B, 1), got {ids.shape}; prefill takes more")
+        check_one_token(self._name, ids)
         hidden, after = self._step(self._valid(ids, None)[0][:, 0], cache)
         return CausalLMOutput(self._logits(hidden)[:, None]), after
 
@@ -248,26 +251,52 @@ class CausalLM(nnx.Module):
         return widen(self.lm_head(hidden.astype(self.dtype or weight[...].dtype)))
 
     def _tokens(self, input_ids: Any) -> Int[Array, "B L"]:
-        ids = jnp.asarray(input_ids)
-        if ids.ndim != 2:
-            raise ValueError(f"{self._name} expects token ids (B, L), got shape {ids.shape}")
-        if not jnp.issubdtype(ids.dtype, jnp.integer):
-            raise TypeError(f"{self._name} expects integer token ids (B, L), got {ids.dtype}")
-        return ids
+        return as_tokens(self._name, input_ids)
 
     def _valid(self, ids: Int[Array, "B L"], lengths: Any) -> tuple[Int[Array, "B L"], Int[Array, " B"] | None]:
-        """The ids, 0 past the lengths, and the lengths, all checked as far as their values are known."""
-        B, L = ids.shape
-        if lengths is not None:
-            lengths = jnp.asarray(lengths)
-            check_lengths(lengths, (L, B))
-            ids = jnp.where(jnp.arange(L) < lengths[:, None], ids, 0)
-        if ids.size and not isinstance(low := ids.min(), Tracer):
-            high, rows = ids.max(), self.config.padded_vocab_size
-            if low < 0 or high >= rows:
-                found = low if low < 0 else high
-                raise ValueError(f"{self._name}: token ids must be from 0 to {rows - 1}, got {found}")
-        return ids, lengths
+        return valid_tokens(self._name, ids, lengths, self.config.padded_vocab_size)
+
+
+def as_tokens(name: str, input_ids: Any) -> Int[Array, "B L"]:
+    """Token ids as an array of int32 or wider; raise unless they are integers (B, L)."""
+    ids = jnp.asarray(input_ids)
+    if ids.ndim != 2:
+        raise ValueError(f"{name} expects token ids (B, L), got shape {ids.shape}")
+    if not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise TypeError(f"{name} expects integer token ids (B, L), got {ids.dtype}")
+    return ids.astype(jnp.promote_types(ids.dtype, jnp.int32))
+
+
+def valid_tokens(
+    name: str, ids: Int[Array, "B L"], lengths: Any, vocabulary: int
+) -> tuple[Int[Array, "B L"], Int[Array, " B"] | None]:
+    """The ids, 0 past the lengths, and the lengths, all checked as far as their values are known."""
+    B, L = ids.shape
+    if lengths is not None:
+        lengths = jnp.asarray(lengths)
+        check_lengths(lengths, (L, B))
+        ids = jnp.where(jnp.arange(L) < lengths[:, None], ids, 0)
+    if ids.size and not isinstance(low := ids.min(), Tracer):
+        high = ids.max()
+        if low < 0 or high >= vocabulary:
+            found = low if low < 0 else high
+            raise ValueError(f"{name}: token ids must be from 0 to {vocabulary - 1}, got {found}")
+    return ids, lengths
+
+
+def check_layers(name: str, cache: Any, depth: int) -> None:
+    """Raise ValueError unless `cache` has one entry for each of the `depth` layers."""
+    if not (isinstance(cache, dict) and cache.keys() == set(range(depth))):
+        raise ValueError(
+            f"{name}: the cache must have one entry for each of the {depth} layers; make one with "
+            "allocate_inference_cache(batch_size, max_seqlen)"
+        )
+
+
+def check_one_token(name: str, ids: Int[Array, "B L"]) -> None:
+    """Raise ValueError unless `ids` are one token a row."""
+    if ids.shape[1] != 1:
+        raise ValueError(f"{name}: step takes one token a row, (B, 1), got {ids.shape}; prefill takes more")
 
 
 def compact(

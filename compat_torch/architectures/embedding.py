@@ -10,6 +10,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from ..core.layers import look_up
 from ..random import default_rngs
 
 
@@ -160,5 +161,4 @@ def _look_up(table: nnx.Embed, ids: Any, expected: str) -> Float[Array, "*L E"]:
     ids = jnp.asarray(ids)
     if not jnp.issubdtype(ids.dtype, jnp.integer):
         raise TypeError(f"{expected}, got {ids.dtype}")
-    ids = jnp.where(ids < 0, table.num_embeddings, ids)
-    return jnp.take(table.embedding[...], ids, axis=0, mode="fill", fill_value=jnp.nan)
+    return look_up(table.embedding[...], ids)

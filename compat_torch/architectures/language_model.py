@@ -19,7 +19,7 @@ from ..core.layers import linear
 from ..interop import torch_in_torch_out
 from ..random import default_rngs
 from .backbone import Caches, LRNNModel, create_block
-from .causal_lm import CausalLMOutput, TiedHead
+from .causal_lm import CausalLMOutput, TiedHead, check_layers
 
 __all__ = ["CausalLMOutput", "LRNNLMHeadModel", "LRNNModel", "TiedHead", "create_block"]
 
@@ -157,7 +157,8 @@ class LRNNLMHeadModel(LRNN):
             `CausalLMOutput(logits)`, logits (B, L or num_last_tokens, padded vocabulary).
 
         Raises:
-            ValueError: wrong rank, or an argument that must be None. TypeError: ids that are not integers.
+            ValueError: wrong rank, ids outside of the vocabulary, where their values are known (not under jit), or
+                an argument that must be None. TypeError: ids that are not integers.
         """
         if position_ids is not None:
             raise ValueError(f"{self._name}: position_ids is not supported; pass None")
@@ -180,7 +181,11 @@ class LRNNLMHeadModel(LRNN):
             input_ids: integer, shape (B, L).
             cache: of `allocate_inference_cache`, or of the piece before.
             integration_timesteps, lengths: as in a call.
+
+        Raises:
+            ValueError, TypeError: as a call; a cache that does not fit.
         """
+        check_layers(self._name, cache, len(self.backbone.layers))
         hidden, cache = self.backbone(input_ids, integration_timesteps, lengths, cache)
         return CausalLMOutput(self._logits(hidden)), cache
 
@@ -194,7 +199,7 @@ class LRNNLMHeadModel(LRNN):
         """One token: `(output, caches)` from ids (B, 1) and the caches before it, which are left as they are.
 
         Raises:
-            ValueError: an attention layer that is not causal.
+            ValueError: more than one token, caches that do not fit, an attention layer that is not causal.
         """
         hidden, caches = self.backbone.step(input_ids, caches, integration_timesteps)
         return CausalLMOutput(self._logits(hidden)), caches

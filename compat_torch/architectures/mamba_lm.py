@@ -15,12 +15,13 @@ from jaxtyping import Array, Float, Int
 
 from spyx.ops.dtypes import widen
 
+from ..core.layers import look_up
 from ..layers.block import rms_norm
 from ..models.ltv.base import LTV_LRNN
 from ..models.ltv.mamba import MambaMixer
 from ..random import default_rngs
 from .backbone import init_weights
-from .causal_lm import Caches, CausalLM
+from .causal_lm import Caches, CausalLM, check_layers
 from .config import CausalLMConfig, choice, flag, integer, is_integer, number, setting
 
 _ACTIVATIONS = ("silu", "swish")
@@ -190,7 +191,8 @@ class RecurrentLM(CausalLM):
     def _run(
         self, ids: Int[Array, "B L"], lengths: Int[Array, " B"] | None, cache: Caches | None, keep_all: bool
     ) -> tuple[tuple[Float[Array, "B L H"], ...], Caches]:
-        self._check_cache(cache)
+        if cache is not None:
+            check_layers(self._name, cache, len(self.backbone.layers))
         x, states = self._embed(ids), []
         after: Caches = {}
         for i, layer in enumerate(self.backbone.layers):
@@ -204,7 +206,7 @@ class RecurrentLM(CausalLM):
         return (*states, self.backbone.norm_f(x)), after
 
     def _step(self, ids: Int[Array, " B"], cache: Caches) -> tuple[Float[Array, "B H"], Caches]:
-        self._check_cache(cache)
+        check_layers(self._name, cache, len(self.backbone.layers))
         x = self._embed(ids)
         after: Caches = {}
         for i, layer in enumerate(self.backbone.layers):
@@ -213,16 +215,8 @@ class RecurrentLM(CausalLM):
         return self.backbone.norm_f(x), after
 
     def _embed(self, ids: Int[Array, "B *L"]) -> Float[Array, "B *L H"]:
-        hidden = self.backbone.embed(ids)
+        hidden = look_up(self.backbone.embed.embedding[...], ids)
         return hidden if self.dtype is None else hidden.astype(self.dtype)
-
-    def _check_cache(self, cache: Caches | None) -> None:
-        depth = len(self.backbone.layers)
-        if cache is not None and not (isinstance(cache, dict) and cache.keys() == set(range(depth))):
-            raise ValueError(
-                f"{self._name}: the cache must have one entry for each of the {depth} layers; make one with "
-                "allocate_inference_cache(batch_size, max_seqlen)"
-            )
 
     def allocate_inference_cache(self, batch_size: int, max_seqlen: int, dtype: DTypeLike | None = None) -> Caches:
         """{layer index: cache of its mixer} at the start of a sequence.

@@ -13,6 +13,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from ..core.layers import look_up
 from ..random import default_rngs
 from ._recurrent_gemma_blocks import ACTIVATIONS, MLP, Cache, LocalAttention, Norm, RecurrentBlock
 from .causal_lm import Caches, CausalLM, CausalLMConfig
@@ -241,7 +242,7 @@ class RecurrentGemma(CausalLM):
         if cache is not None:
             self._check_cache(cache, ids.shape[0])
         embedding = self.model.embed_tokens.embedding[...]
-        x = embedding.astype(self.dtype or embedding.dtype)[ids]
+        x = look_up(embedding, ids).astype(self.dtype or embedding.dtype)
         if self.config.pad_token_id is not None:
             x = jnp.where((ids == self.config.pad_token_id)[..., None], jax.lax.stop_gradient(x), x)
         x = x * jnp.asarray(math.sqrt(self.config.hidden_size), jnp.bfloat16).astype(x.dtype)

@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 
 from .. import state
+from ..arrays import release
 from ..errors import CheckpointError, StateDictMismatchError
 from .detection import matches, read_content
 from .loading import check_finite
@@ -101,6 +102,7 @@ def load_into(
         check_finite({entry.name: array for entry, array in loads}, content.path)
     for entry, array in loads:
         entry.write(array, dtype)
+        release(array)
     written = {id(entry.variable) for entry, _ in loads}
     return LoadReport(
         loaded=tuple(entry.name for entry in known if id(entry.variable) in written),

@@ -7,16 +7,17 @@ import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..arrays import count_nonfinite, release
+from ..arrays import as_views, count_nonfinite
 from ..errors import CheckpointError, StateDictMismatchError
 from .detection import Content, Detection, choose, constructor, describe, read_content
 from .formats import Fit, Format
 from .hub import locate
+from .placing import place
 from .state_dict import shorten
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def load(
         ValueError: an unknown `format`, or an argument's value that the class does not support.
     """
     content = read_content(path, prefix=prefix, rename=rename, ignore=ignore)
-    return build(content, format, dtype, strict, allow_nonfinite, kwargs)[0]
+    return _load(content, format, dtype, strict, allow_nonfinite, kwargs)
 
 
 def from_pretrained(
@@ -101,7 +102,15 @@ def from_pretrained(
     folder = locate(path, revision)
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is a file: use load({os.fspath(folder)!r}), or pass its folder")
-    return build(read_content(folder), format, dtype, True, allow_nonfinite, kwargs)[0]
+    return _load(read_content(folder), format, dtype, True, allow_nonfinite, kwargs)
+
+
+def _load(content: Content, format: str | None, dtype: Any, *arguments: Any) -> Any:
+    """The module that `build` gives, with arrays that do not depend on the file."""
+    with as_views() if dtype is None else nullcontext():
+        module, _ = build(content, format, dtype, *arguments)
+    place(module)
+    return module
 
 
 def build(
@@ -225,10 +234,7 @@ def _request(name: str, values: tuple[Any, ...]) -> str:
 
 def check_finite(tensors: Mapping[str, np.ndarray], path: str) -> None:
     """Raise CheckpointError if there are NaN or infinite values; the message says where and how many."""
-    counts = {}
-    for name, value in tensors.items():
-        counts[name] = count_nonfinite(value)
-        release(value)
+    counts = {name: count_nonfinite(value) for name, value in tensors.items()}
     bad = [f"{name} ({count} of {tensors[name].size})" for name, count in counts.items() if count]
     if bad:
         raise CheckpointError(

@@ -1,4 +1,4 @@
-"""Flax's dense layers with torch's initial values."""
+"""Flax's dense layers with torch's initial values; rows of an embedding."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
 
 
 def symmetric_uniform(bound: float) -> jax.nn.initializers.Initializer:
@@ -67,3 +68,9 @@ def bias_of(layer: nnx.Linear | nnx.Conv) -> nnx.Param:
     if layer.bias is None:
         raise ValueError(f"{type(layer).__name__} has no bias")
     return layer.bias
+
+
+def look_up(table: Float[Array, "V E"], ids: Int[Array, "*L"]) -> Float[Array, "*L E"]:
+    """The rows of an embedding, NaN for an id outside of it."""
+    ids = ids.astype(jnp.promote_types(ids.dtype, jnp.int32))  # one byte may not hold V
+    return jnp.take(table, jnp.where(ids < 0, table.shape[0], ids), axis=0, mode="fill", fill_value=jnp.nan)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import jax.numpy as jnp
@@ -10,6 +11,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from ..models.ltv.base import LTV_LRNN
+
+_NO_KEYS: Any = SimpleNamespace(params=lambda: None)
+"""Random streams for the norms, which start at constants: `nnx.Rngs` are slow to make and to draw from."""
 
 
 class Block(nnx.Module):
@@ -109,9 +113,9 @@ def normalise(norm: nnx.LayerNorm | nnx.RMSNorm, x: Float[Array, "*L H"]) -> Flo
 
 def layer_norm(dim: int, eps: float = 1e-5, param_dtype: Any = jnp.float32) -> nnx.LayerNorm:
     """`torch.nn.LayerNorm(dim, eps)`."""
-    return nnx.LayerNorm(dim, epsilon=eps, use_fast_variance=False, param_dtype=param_dtype, rngs=nnx.Rngs(0))
+    return nnx.LayerNorm(dim, epsilon=eps, use_fast_variance=False, param_dtype=param_dtype, rngs=_NO_KEYS)
 
 
 def rms_norm(dim: int, eps: float = 1e-5, param_dtype: Any = jnp.float32) -> nnx.RMSNorm:
     """`torch.nn.RMSNorm(dim, eps)`."""
-    return nnx.RMSNorm(dim, epsilon=eps, use_fast_variance=False, param_dtype=param_dtype, rngs=nnx.Rngs(0))
+    return nnx.RMSNorm(dim, epsilon=eps, use_fast_variance=False, param_dtype=param_dtype, rngs=_NO_KEYS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -131,6 +132,15 @@ def _scan(model: Any, x: Array, state: Any) -> tuple[Any, Any]:
 def _scan_module(model: nnx.Module, x: Array, state: Any) -> tuple[Any, Any]:
     """`_scan` with the variables that are not parameters in the carry, written back if a step sets any of them."""
     graphdef, params, others = nnx.split(model, nnx.Param, ...)
+    outputs, state, changed = _scan_split(graphdef, params, others, state, x)
+    if changed is not None:
+        nnx.update(model, changed)
+    return outputs, state
+
+
+@partial(jax.jit, static_argnums=0)
+def _scan_split(graphdef, params, others, state, x):
+    """Outputs, state, and `others` after the last step, None if no step sets any; compiled for eager calls."""
     changed = False
 
     def body(carry, x_t):
@@ -144,6 +154,4 @@ def _scan_module(model: nnx.Module, x: Array, state: Any) -> tuple[Any, Any]:
         return (others, state), out
 
     (others, state), outputs = jax.lax.scan(body, (others, state), x)
-    if changed:
-        nnx.update(model, others)
-    return outputs, state
+    return outputs, state, others if changed else None

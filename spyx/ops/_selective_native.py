@@ -13,9 +13,8 @@ _MOST_PARTS = 16
 
 def fits(o: Options, steps: Steps, weights: Weights, h0) -> bool:
     """Whether the kernels take these values."""
-    plain = o.discretization == "mamba" and not o.conj_sym and steps.dt_a is None
     dtypes = {jnp.result_type(v, jnp.float32) for v in jax.tree.leaves((steps, weights, h0))}
-    return plain and dtypes == {jnp.dtype(jnp.float32)}
+    return not o.conj_sym and dtypes == {jnp.dtype(jnp.float32)}
 
 
 def forward_blocked(o: Options, steps: Steps, weights: Weights, masks: Masks, h0):
@@ -28,7 +27,7 @@ def forward_blocked(o: Options, steps: Steps, weights: Weights, masks: Masks, h0
     operands, sizes = _operands(o, steps, weights, masks, h0.shape, 1)
     results = [_like(steps.u.shape), _like(h0.shape), _like((T // o.chunk, *h0.shape))]
     items = E * -(-P // selective.WIDTH)
-    y, h, starts = invoke(selective.forward, items, sizes, (*operands, h0), results)
+    y, h, starts = invoke(selective.forward[_which(o, steps)], items, sizes, (*operands, h0), results)
     return y.astype(steps.u.dtype), h, starts
 
 
@@ -41,22 +40,27 @@ def backward_blocked(o: Options, steps: Steps, weights: Weights, masks: Masks, s
     parts = max(1, min(-(-P // selective.WIDTH), -(-_MOST_PARTS // max(1, E))))
     operands, sizes = _operands(o, steps, weights, masks, dh.shape, parts)
     wide, summed = _like(steps.u.shape), _like((parts, T, E * N))
-    z = _like((1,)) if steps.z is None else wide
-    results = [wide, wide, summed, summed, z, _like(dh.shape), _like((E, P)), _like((E, P)), _like(dh.shape)]
-    du, ddt, db, dc, dz, dA, dD, dbias, dh0 = invoke(
-        selective.backward, E * parts, sizes, (*operands, starts, dy.astype(jnp.float32), dh), results
+    dt_a, z = (_like((1,)) if v is None else wide for v in (steps.dt_a, steps.z))
+    results = [wide, wide, dt_a, summed, summed, z, _like(dh.shape), _like((E, P)), _like((E, P)), _like(dh.shape)]
+    operands = (*operands, starts, dy.astype(jnp.float32), dh)
+    du, ddt, ddt_a, db, dc, dz, dA, dD, dbias, dh0 = invoke(
+        selective.backward[_which(o, steps)], E * parts, sizes, operands, results
     )
 
     def over_rows(d, like):
         return None if like is None else d.reshape(-1, like.shape[0]).sum(0)
 
-    dsteps = Steps(du, ddt, None, db.sum(0), dc.sum(0), None if steps.z is None else dz)
-    dsteps = jax.tree.map(lambda d, v: d.astype(v.dtype), dsteps, steps)
+    dsteps = Steps(du, ddt, ddt_a, db.sum(0), dc.sum(0), dz)
+    dsteps = Steps(*(None if v is None else d.astype(v.dtype) for d, v in zip(dsteps, steps, strict=True)))
     return (
         dsteps,
         Weights(dA if weights.A.ndim == 3 else dA.sum(0), over_rows(dD, weights.D), over_rows(dbias, weights.dt_bias)),
         dh0,
     )
+
+
+def _which(o: Options, steps: Steps) -> tuple[str, bool]:
+    return o.discretization, steps.dt_a is not None
 
 
 def _like(shape):
@@ -72,7 +76,7 @@ def _operands(o: Options, steps: Steps, weights: Weights, masks: Masks, shape, p
     def wide(v):
         return nothing if v is None else v.astype(jnp.float32)
 
-    given = (steps.u, steps.dt, steps.B, steps.C, steps.z, weights.A, weights.D, weights.dt_bias)
+    given = (steps.u, steps.dt, steps.dt_a, steps.B, steps.C, steps.z, weights.A, weights.D, weights.dt_bias)
     operands = [*map(wide, given), *(none if m is None else m for m in masks)]
     sizes = (
         steps.u.shape[0], E, P, N, o.chunk, _groups(E, P, weights, masks), parts,

@@ -87,7 +87,7 @@ def selective_scan(
             prefix in blocks of about 256 steps; every mode of differentiation), "pallas" (the hand kernels for TPU
             and NVIDIA GPU, an error for what they do not take) or "auto" (chosen when lowered: the hand kernels where
             they fit, else "blocked" on CPU, "associative" on accelerators; reverse mode first, then any). The kernels
-            for CPU need numba, real A, float32 state and "mamba" without `dt_A`.
+            for CPU need numba, real A and float32 state.
 
     Returns:
         y of shape (T, B, D) in the dtype of `u`; with `return_state`, `(y, state)` with state (B, D, N), complex

@@ -25,9 +25,7 @@ def real_to_phasor(x: ArrayLike, scale: float = math.pi) -> Complex[Array, "..."
     Raises:
         TypeError: complex input.
     """
-    if jnp.iscomplexobj(x):
-        raise TypeError(f"real_to_phasor expects real input, got {jnp.result_type(x)}")
-    return unit(scale * as_real(x))
+    return unit(scale * as_real("real_to_phasor", x))
 
 
 def phasor_to_real(z: Complex[Array, "..."]) -> Float[Array, "..."]:
@@ -41,8 +39,11 @@ def phase_of(z: Complex[Array, "..."]) -> Float[Array, "..."]:
     return jnp.angle(jnp.where(z == 0, 1, z))
 
 
-def as_real(x: ArrayLike) -> Float[Array, "..."]:
+def as_real(name: str, x: ArrayLike) -> Float[Array, "..."]:
+    """`x` in float32 or wider; raise if it is complex."""
     x = jnp.asarray(x)
+    if jnp.iscomplexobj(x):
+        raise TypeError(f"{name} expects real input, got {x.dtype}")
     return widen(x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(jnp.float32))
 
 
@@ -61,10 +62,10 @@ def phase_to_spikes(theta: ArrayLike, T: int) -> Float[Array, "T ..."]:
         float32, shape (T, ...): 1 at the tick of the spike, else 0.
 
     Raises:
-        ValueError: T is not a positive integer.
+        ValueError: T is not a positive integer. TypeError: complex input (`phase_of` gives phases).
     """
     check_sizes("phase_to_spikes", T=T)
-    theta = as_real(theta)
+    theta = as_real("phase_to_spikes", theta)
     tick = jnp.floor((theta + jnp.pi) / (2 * jnp.pi) * T).astype(jnp.int32)
     tick = jnp.where(jnp.abs(theta) <= jnp.pi, jnp.minimum(tick, T - 1), tick % T)
     return jax.nn.one_hot(tick, T, axis=0, dtype=jnp.float32)
@@ -84,9 +85,9 @@ def spikes_to_phase(spikes: ArrayLike, T: int | None = None) -> Float[Array, "..
         Phases (...) in (-pi, pi), radians; 0 where a unit never fires.
 
     Raises:
-        ValueError: `spikes` is not one cycle of T ticks.
+        ValueError: `spikes` is not one cycle of T ticks. TypeError: complex input.
     """
-    spikes = as_real(spikes)
+    spikes = as_real("spikes_to_phase", spikes)
     if spikes.ndim == 0 or spikes.shape[0] == 0 or T not in (None, spikes.shape[0]):
         raise ValueError(
             f"spikes_to_phase expects one cycle (T, ...) with T={'at least 1' if T is None else T} ticks, "

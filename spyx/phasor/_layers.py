@@ -73,10 +73,11 @@ class PhasorLinear(nnx.Module):
         Raises:
             TypeError: real input. ValueError: wrong width.
         """
+        z = jnp.asarray(z)
         if not jnp.iscomplexobj(z):
-            raise TypeError(f"PhasorLinear expects complex input, got {jnp.result_type(z)}: use real_to_phasor first")
-        if jnp.ndim(z) < 1 or z.shape[-1] != self.in_features:
-            raise ValueError(f"PhasorLinear expects (..., in_features={self.in_features}), got shape {jnp.shape(z)}")
+            raise TypeError(f"PhasorLinear expects complex input, got {z.dtype}: use real_to_phasor first")
+        if z.ndim < 1 or z.shape[-1] != self.in_features:
+            raise ValueError(f"PhasorLinear expects (..., in_features={self.in_features}), got shape {z.shape}")
         out = jnp.matmul(z, self.kernel, precision=self.precision)
         return out if self.bias is None else out + self.bias
 

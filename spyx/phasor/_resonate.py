@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -11,6 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Complex, Float, Num
 
 from ..axn import Activation, superspike
+from ..nn._neuron import Shape, as_shape
 from ..ops import linear_scan
 from ._codes import unit
 
@@ -33,14 +33,14 @@ class ResonateFire(nnx.Module):
     Parameters: raw_lambda, omega: hidden_shape, or () where given.
 
     Raises:
-        ValueError: dt not positive, or lambda_init negative.
+        ValueError: bad `hidden_shape`, dt not positive, or lambda_init negative.
 
     Source: Izhikevich 2001, Resonate-and-fire neurons (Neural Networks 14); without reset, arXiv:2504.00719.
     """
 
     def __init__(
         self,
-        hidden_shape: Sequence[int],
+        hidden_shape: Shape,
         lambda_init: float | None = None,
         omega_init: float | None = None,
         threshold: float = 1.0,
@@ -53,7 +53,7 @@ class ResonateFire(nnx.Module):
             raise ValueError(f"ResonateFire: dt must be positive, got {dt}")
         if lambda_init is not None and not lambda_init >= 0:
             raise ValueError(f"ResonateFire: lambda_init must be at least 0, got {lambda_init}")
-        self.hidden_shape = tuple(hidden_shape)
+        self.hidden_shape = as_shape("ResonateFire: hidden_shape", hidden_shape)
         self.threshold = threshold
         self.dt = dt
         self.spike = superspike() if activation is None else activation
@@ -86,9 +86,11 @@ class ResonateFire(nnx.Module):
         """One step: `(spikes, z)` from real input and the state before it.
 
         Raises:
-            ValueError: wrong shape. TypeError: complex input.
+            ValueError: wrong shape, of the state too. TypeError: complex input.
         """
-        x = self._input(x, "[B")
+        x, z = self._input(x, "[B"), jnp.asarray(z)
+        if z.shape != x.shape:
+            raise ValueError(f"ResonateFire expects a state of shape {x.shape} for this input, got {z.shape}")
         z = self.a * z + x
         return self._fire(z, x), z
 

@@ -13,10 +13,13 @@ import pytest
 import torch
 from flax import nnx
 
+from compat_torch import generate
 from compat_torch.architectures import language_model
 from compat_torch.architectures.causal_lm import CausalLMConfig, CausalLMOutput, TiedHead, compact
+from compat_torch.architectures.language_model import LRNNLMHeadModel
 from compat_torch.architectures.mamba2_lm import Mamba2Config, Mamba2LMHeadModel
 from compat_torch.architectures.mamba_lm import FalconMambaConfig, MambaConfig, MambaLMHeadModel
+from compat_torch.architectures.recurrent_gemma import RecurrentGemma, RecurrentGemmaConfig
 
 SIZES = {"vocab_size": 11, "hidden_size": 6, "num_hidden_layers": 1, "state_size": 2}
 
@@ -161,6 +164,8 @@ def test_wrong_caches_and_steps_are_refused(model):
     cache = model.allocate_inference_cache(2, 4)
     with pytest.raises(ValueError, match=r"step takes one token a row, \(B, 1\), got \(2, 3\)"):
         model.step(np.zeros((2, 3), int), cache)
+    with pytest.raises(ValueError, match="prefill needs a cache; make one with allocate_inference_cache"):
+        model.prefill(np.zeros((2, 3), int), None)
     with pytest.raises(ValueError, match="must have one entry for each of the 1 layers"):
         model.step(np.zeros((2, 1), int), {})
     with pytest.raises(ValueError, match="must have one entry for each"):
@@ -256,3 +261,32 @@ def test_a_model_is_a_pytree_under_jit_grad_and_vmap(model):
     ids = jnp.array([[[1, 2]], [[3, 4]]])
     logits = jax.jit(jax.vmap(lambda ids: nnx.merge(graph, parameters)(ids).logits))(ids)
     np.testing.assert_allclose(logits[:, 0], call(model, ids[:, 0]), atol=1e-6)
+
+
+SMALL = {"vocab_size": 300, "hidden_size": 4, "num_hidden_layers": 1}
+OF_BYTES = {
+    "Mamba": lambda: MambaLMHeadModel(MambaConfig(**SMALL, state_size=2)),
+    "RecurrentGemma": lambda: RecurrentGemma(
+        RecurrentGemmaConfig(**SMALL, num_attention_heads=1, intermediate_size=4, pad_token_id=None)
+    ),
+    "LRNN": lambda: LRNNLMHeadModel(4, 2, 1, 300, ["LRU"]),
+}
+
+
+@pytest.mark.parametrize("name", OF_BYTES)
+def test_ids_of_one_byte_and_outside_of_the_vocabulary(name):
+    model = OF_BYTES[name]()
+    model.eval()
+    ids = np.array([[1, 100, 7]])
+    expected = model(ids).logits
+    for dtype in (np.uint8, np.int8, np.uint32):
+        np.testing.assert_array_equal(model(ids.astype(dtype)).logits, expected)
+    compiled = nnx.jit(lambda model, ids: model(ids).logits)
+    for dtype, outside in ((np.int8, -1), (np.int32, -300), (np.int32, 2**20)):
+        logits = np.asarray(compiled(model, np.array([[1, 2, outside]], dtype)))
+        assert np.isnan(logits).all(-1).tolist() == [[False, False, True]]
+
+
+def test_new_tokens_fit_the_dtype_of_the_prompt():
+    with pytest.raises(ValueError, match="uint8 ids cannot hold all 300 tokens of the model: pass int32"):
+        generate(OF_BYTES["Mamba"](), np.array([[1, 2]], np.uint8), 2)

@@ -60,3 +60,15 @@ def test_what_it_cannot_do_raises():
         decode(layer, x[:, 0], cache)
     with pytest.raises(ValueError, match="time-invariant"):
         decode(layer, x, cache, jnp.ones((2, 5)))
+    mamba = LAYERS[2]()
+    for shape in ((2, 4), (5,), (5, 2), (2, 5, 2)):
+        with pytest.raises(ValueError, match=r"\(B, L\) = \(2, 5\)"):
+            decode(mamba, x, mamba.allocate_inference_cache(2), jnp.ones(shape))
+
+
+@pytest.mark.parametrize("shape", [(2, 5), (2, 5, 1)])
+def test_time_steps_have_the_shapes_that_a_call_takes(shape):
+    layer, x = LAYERS[2](), jax.random.normal(jax.random.key(2), (2, 5, 3))
+    timesteps = jax.random.uniform(jax.random.key(3), shape)
+    y, _ = decode(layer, x, layer.allocate_inference_cache(2), timesteps)
+    np.testing.assert_allclose(y, layer(x, timesteps), atol=3e-6)

@@ -166,9 +166,11 @@ def test_a_saved_folder_keeps_dtypes_ties_and_every_argument(arguments, tmp_path
     assert type(again.lm_head) is type(model.lm_head)
     weights, loaded = model.state_dict(), again.state_dict()
     assert {name: value.dtype for name, value in loaded.items()} == {n: v.dtype for n, v in weights.items()}
-    logits = model(tokens(2, 5)).logits
-    assert again(tokens(2, 5)).logits.dtype == logits.dtype
-    np.testing.assert_array_equal(again(tokens(2, 5)).logits, logits)
+    ids = tokens(2, 5) % model.vocab_size
+    logits = model(ids).logits
+    assert again(ids).logits.dtype == logits.dtype
+    assert np.isfinite(np.asarray(logits, np.float32)).all()
+    np.testing.assert_array_equal(again(ids).logits, logits)
 
 
 def test_an_mlp_of_ones_own_is_asked_for_when_loading(tmp_path):
@@ -292,3 +294,26 @@ def test_inputs_that_do_not_fit_raise():
         model(ids, position_ids=ids)
     with pytest.raises(ValueError, match="use prefill"):
         model(ids, inference_params=object())
+    for bad in ([[3, -1]], [[16, 0]]):
+        with pytest.raises(ValueError, match=r"token ids must be from 0 to 15, got (-1|16)"):
+            model(np.array(bad))
+
+
+def test_padding_may_hold_any_id():
+    model, ids = make(), np.array(tokens(2, 5))
+    padded = np.where(np.arange(5) < np.array([[5], [2]]), ids, -100)
+    lengths = np.array([5, 2])
+    np.testing.assert_array_equal(model(padded, lengths=lengths).logits, model(ids, lengths=lengths).logits)
+
+
+def test_caches_and_steps_that_do_not_fit_raise():
+    model, ids = make(), tokens(2, 3)
+    cache = model.allocate_inference_cache(2, 3)
+    for wrong in (None, {}, {0: cache[0]}, [cache[0], cache[1]]):
+        with pytest.raises(ValueError, match="must have one entry for each of the 2 layers"):
+            model.prefill(ids, wrong)
+        with pytest.raises(ValueError, match="must have one entry for each of the 2 layers"):
+            model.step(ids[:, :1], wrong)
+    for width in (0, 2):
+        with pytest.raises(ValueError, match=rf"step takes one token a row, \(B, 1\), got \(2, {width}\)"):
+            model.step(ids[:, :width], cache)

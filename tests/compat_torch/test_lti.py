@@ -222,6 +222,12 @@ def test_initialisation_has_the_reference_distributions():
     np.testing.assert_allclose(np.std(p["C_im"]), 300**-0.5, rtol=0.02)
 
 
+@pytest.mark.parametrize("rngs", [3, jax.random.key(0)])
+def test_a_seed_or_a_key_in_place_of_rngs_raises(rngs):
+    with pytest.raises(TypeError, match=r"rngs must be flax\.nnx\.Rngs, as nnx\.Rngs\(0\) makes them, got "):
+        compat_torch.LRU(4, 6, rngs=rngs)
+
+
 def test_layers_without_rngs_never_share_weights_and_manual_seed_repeats_them():
     compat_torch.manual_seed(5)
     first, second = LRU(3, 4), LRU(3, 4)

@@ -166,6 +166,19 @@ def test_half_precision_is_as_near_to_float64_as_that_of_transformers(pair, dtyp
     assert (cache["conv_state"].dtype.name, cache["lrnn_state"].dtype) == (str(dtype)[6:], jnp.float32)
 
 
+@pytest.mark.parametrize("wide", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_residual_stream_has_the_dtype_of_transformers(dtype, wide):
+    theirs = reference("Mamba", **SIZES, residual_in_fp32=wide).to(dtype)
+    ids = tokens(1, 3)
+    with torch.no_grad():
+        states = theirs(torch.tensor(ids), output_hidden_states=True, use_cache=False).hidden_states
+    model = ours(theirs)
+    assert model._embed(ids).dtype.name == str(dtype).removeprefix("torch.")
+    found = run(model, ids).hidden_states
+    assert [state.dtype.name for state in found] == [str(state.dtype).removeprefix("torch.") for state in states]
+
+
 def test_dtype_widens_the_arithmetic_of_half_precision_weights(pair):
     _, model = pair
     ids = tokens(2, 5)

@@ -311,7 +311,7 @@ def test_memory_does_not_grow_with_the_states(cls):
         def loss(params, rest, x):
             layer = nnx.merge(graph, params, rest)
             if cls is S4:  # without the conversion of C, whose dense matrices are not in use when l_kernel is l_max
-                system, C = layer._continuous()
+                system, C = layer.layer.kernel.continuous()
                 return jnp.sum(dplr.kernel(system, C, 2048, 2048, "highest") ** 2)
             return jnp.sum(layer(x)[0] ** 2)
 

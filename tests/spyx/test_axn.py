@@ -1,5 +1,8 @@
 """spyx.axn: the step forward, the closed surrogate formulas backward."""
 
+import copy
+import pickle
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -113,6 +116,19 @@ def test_under_transformations():
     np.testing.assert_array_equal(jax.jit(jax.vmap(spike))(x), spike(x))
     gradient = jax.grad(lambda x: jax.lax.scan(lambda c, x_t: (c, spike(x_t)), 0, x)[1].sum())(x)
     np.testing.assert_allclose(jax.jit(jax.vmap(jax.vmap(jax.grad(spike))))(x), gradient, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", [*SURROGATES, "custom"])
+def test_equal_copies_and_pickles(name):
+    factory = getattr(axn, name)
+    spike = factory()
+    others = [factory(), copy.deepcopy(spike), pickle.loads(pickle.dumps(spike))]
+    assert all(other == spike and hash(other) == hash(spike) for other in others)
+    x = jnp.array([-0.3, 0.2])
+    for other in others:
+        np.testing.assert_array_equal(jax.vmap(jax.grad(other))(x), jax.vmap(jax.grad(spike))(x))
+    if name in SURROGATES:
+        assert factory(**SURROGATES[name][1]) != spike
 
 
 def test_modules_are_found_by_name():

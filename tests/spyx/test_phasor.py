@@ -297,3 +297,16 @@ def test_resonate_errors():
         resonate(dt=0.0)
     with pytest.raises(ValueError, match="lambda_init must be at least 0"):
         resonate(lambda_init=-1.0)
+    for state in (layer.initial_state(1), jnp.zeros((2, 3), complex)):
+        with pytest.raises(ValueError, match=r"a state of shape \(2, 4\) for this input, got"):
+            layer(jnp.ones((2, 4)), state)
+    for shape in (0, (), (4, -1), "ab"):
+        with pytest.raises(ValueError, match="hidden_shape must be a positive integer"):
+            phasor.ResonateFire(shape, rngs=nnx.Rngs(0))
+    assert phasor.ResonateFire(4, rngs=nnx.Rngs(0)).omega.shape == (4,)
+
+
+@pytest.mark.parametrize("function", [lambda z: phasor.phase_to_spikes(z, 8), phasor.spikes_to_phase])
+def test_phasors_in_place_of_real_values_raise(function):
+    with pytest.raises(TypeError, match=r"(phase_to_spikes|spikes_to_phase) expects real input, got complex64"):
+        function(phasor.real_to_phasor(jnp.zeros((8, 2))))

@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Complex, Float
 from spyx.ops import fft_conv
 from spyx.ops.dtypes import to_complex, widen
 
+from ...core.compiled import compiled
 from ...core.variables import Buffer, register
 from . import _s4_diagonal as diagonal
 from . import _s4_dplr as dplr
@@ -121,18 +122,22 @@ class DiagonalKernel(Kernel):
         """The systems as the parameters are now."""
         raise NotImplementedError
 
+    @compiled
     def kernel(self, L: int, rate: float, l_max: int | None = None) -> Float[Array, "c H L"]:
         return diagonal.kernel(self.continuous(rate), self.disc, L, self.precision)
 
+    @compiled
     def outputs(self, u: Float[Array, "L B H"], rate: float, l_max: int | None = None) -> Float[Array, "L B c H"]:
         if self.disc == "dss":
             return super().outputs(u, rate, l_max)
         return diagonal.outputs(diagonal.discretize(self.continuous(rate), self.disc), u, self.precision)
 
+    @compiled
     def zero_state(self, batch_size: int) -> Cache:
         system = self._discrete()
         return {"lrnn_state": jnp.zeros((batch_size, *system.A.shape), system.A.dtype)}
 
+    @compiled
     def respond(
         self, u: Float[Array, "L B H"], cache: Cache, valid: Bool[Array, "L B"] | None, drop: Dropout | None
     ) -> tuple[Float[Array, "L B c H"], Cache]:
@@ -143,6 +148,7 @@ class DiagonalKernel(Kernel):
         y = self.outputs(u, 1.0) if drop is None else fft_conv(u, jnp.moveaxis(drop(self.kernel(L, 1.0)), -1, 0))
         return y + free, {**cache, "lrnn_state": after.astype(h.dtype)}
 
+    @compiled
     def update(self, u: Float[Array, "B H"], cache: Cache) -> tuple[Float[Array, "B c H"], Cache]:
         h = cache["lrnn_state"]
         y, after = diagonal.step(self._discrete(), u, h)
@@ -260,6 +266,7 @@ class SSMKernelDPLR(SSMParameters):
         system, C = self._stored(rate)
         return system, self._limited(C, system.A, system.dt, rate)
 
+    @compiled
     def readout(self, M: int = 0) -> Complex[Array, "c H n"]:
         """C (I - A_bar^M), or C for M = 0."""
         return self._relength(*self.continuous(), M)
@@ -267,6 +274,7 @@ class SSMKernelDPLR(SSMParameters):
     def _relength(self, system: dplr.Continuous, C: Array, M: int) -> Complex[Array, "c H n"]:
         return dplr.relength(system, C, self.l_kernel[...], M, self.precision)
 
+    @compiled
     def kernel(self, L: int, rate: float, l_max: int | None) -> Float[Array, "c H L"]:
         if rate != 1:
             return self._kernel_from_length(L, rate, l_max)
@@ -281,6 +289,7 @@ class SSMKernelDPLR(SSMParameters):
         system, _ = self.continuous(rate)
         return dplr.kernel(system, self.readout(M), max(L, round(M / rate)), L, self.precision)
 
+    @compiled
     def outputs(self, u: Float[Array, "L B H"], rate: float, l_max: int | None) -> Float[Array, "L B c H"]:
         if rate != 1:
             return super().outputs(u, rate, l_max)
@@ -292,6 +301,7 @@ class SSMKernelDPLR(SSMParameters):
         from_steps = partial(powers.outputs, powers.transition(*system), precision=self.precision)
         return jax.lax.cond(self.l_kernel[...] == 0, from_steps, by_convolution, C, u)
 
+    @compiled
     def zero_state(self, batch_size: int) -> Cache:
         C = self.readout()
         return {"lrnn_state": jnp.zeros((batch_size, *C.shape[1:-1], 2 * C.shape[-1]), C.dtype), "dC": C}
@@ -300,6 +310,7 @@ class SSMKernelDPLR(SSMParameters):
         pairs_halved = state.shape[-1:] == self.C.shape[2:3]
         return super().with_state(whole(state) if pairs_halved else state)
 
+    @compiled
     def respond(
         self, u: Float[Array, "L B H"], cache: Cache, valid: Bool[Array, "L B"] | None, drop: Dropout | None
     ) -> tuple[Float[Array, "L B c H"], Cache]:
@@ -321,6 +332,7 @@ class SSMKernelDPLR(SSMParameters):
         valid = jnp.ones(u.shape[:2], bool) if valid is None else valid
         return dplr.run(powers.transition(*self.continuous()[0]), C, u, h, valid)
 
+    @compiled
     def update(self, u: Float[Array, "B H"], cache: Cache) -> tuple[Float[Array, "B c H"], Cache]:
         state = self.compact(cache)["lrnn_state"]
         after = powers.advance(powers.transition(*self.continuous()[0]), state, u).astype(state.dtype)

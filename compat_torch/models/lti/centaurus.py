@@ -16,6 +16,7 @@ from spyx.ops import linear_scan, vandermonde_conv
 from spyx.ops.dtypes import state_dtype, to_complex, widen
 from spyx.ops.scan import check_lengths, valid_steps
 
+from ...core.compiled import compiled
 from ...core.discretization import Reference
 from ...interop import torch_in_torch_out
 from ...random import default_rngs
@@ -161,6 +162,7 @@ class CentaurusBase(LTI_LRNN):
         valid = valid_steps(lengths, x.shape[0], x.ndim)
         return jnp.swapaxes(jnp.where(valid, self._convolve(jnp.where(valid, x, 0)), 0), 0, 1)
 
+    @compiled
     def _convolve(self, x: Float[Array, "L B H"]) -> Float[Array, "L B H"]:
         """The outputs for a sequence from its start, a block of channels after the other."""
         w, a, B, C = self._channels()

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from jaxtyping import Array, Complex
-
-from . import _s4_dplr as dplr
 from ._s4_kernels import Register, SSMKernelDPLR, Storage
 from ._s4_lrnnx import LrnnxS4
 
@@ -42,6 +39,3 @@ class S4(LrnnxS4):
             ValueError: M is not an integer from 0 to 2^24, or not 0 for is_real, whose C~ is not real.
         """
         self._ssm.set_length(M)
-
-    def _continuous(self, rate: float = 1.0) -> tuple[dplr.Continuous, Complex[Array, "c H n"]]:
-        return self._ssm.continuous(rate)

@@ -10,13 +10,15 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from spyx.ops import causal_conv1d, linear_scan
+from spyx.ops import _rglru_native, causal_conv1d, linear_scan
+from spyx.ops._undifferentiated import undifferentiated
 from spyx.ops.dtypes import widen
 
 from ...core.discretization import Reference
 from ...core.layers import depthwise_conv, linear, taps
 from ...core.variables import hint
 from ...random import default_rngs
+from ._kernels import may_fuse
 from ._scanned import ScannedLTV
 from .base import Cache
 
@@ -114,20 +116,53 @@ class RGLRU(ScannedLTV):
         lengths: Int[Array, " B"] | None,
         state: Cache | None,
     ) -> tuple[Float[Array, "L B H"], Cache]:
-        state = state or {}
+        before = None if state is None else (state["conv_state"], state["lrnn_state"][..., 0])
+        if may_fuse(x.shape[0], *self._projections()):
+            graph, params = nnx.split(self)
+            y, conv_state, h = _compute(graph, (params, x, before), lengths)
+        else:
+            y, conv_state, h = self._outputs(x, before, lengths)
+        return y, {"conv_state": conv_state, "lrnn_state": h[..., None]}
+
+    def _outputs(
+        self,
+        x: Float[Array, "L B H"],
+        before: tuple[Float[Array, "B D K"], Float[Array, "B D"]] | None,
+        lengths: Int[Array, " B"] | None,
+    ) -> tuple[Float[Array, "L B H"], Float[Array, "B D K"], Float[Array, "B D"]]:
+        conv_state, h0 = before or (None, None)
         gate = jax.nn.gelu(self.gate_proj(x), approximate=False)
         u, conv_state = causal_conv1d(
-            self.in_proj(x), *taps(self.conv1d), state.get("conv_state"), lengths=lengths, return_state=True
+            self.in_proj(x), *taps(self.conv1d), conv_state, lengths=lengths, return_state=True
         )
         recurrent, inputs = (jax.nn.sigmoid(widen(p(u))) for p in (self.recurrent_gate_proj, self.input_gate_proj))
         log_a = self.c * recurrent * jax.nn.log_sigmoid(widen(self.a_log[:, 0]))
         # the bound keeps the gradient finite where a_t is 1
         scale = jnp.sqrt(jnp.maximum(-jnp.expm1(2 * log_a), jnp.finfo(log_a.dtype).tiny))
-        h0 = state["lrnn_state"][..., 0] if state else None
         h, last = linear_scan(jnp.exp(log_a), scale * inputs * widen(u), h0, lengths=lengths)
-        y = self.out_proj(gate * h.astype(gate.dtype))
-        return y, {"conv_state": conv_state, "lrnn_state": last[..., None]}
+        return self.out_proj(gate * h.astype(gate.dtype)), conv_state, last
+
+    def _projections(self) -> list[nnx.Linear]:
+        return [self.gate_proj, self.in_proj, self.recurrent_gate_proj, self.input_gate_proj, self.out_proj]
 
     def _zero_state(self, batch_size: int, dtype: DTypeLike) -> Cache:
         state = jnp.zeros((batch_size, self.d_inner, 1), widen(jnp.zeros((), dtype)).dtype)
         return {"conv_state": jnp.zeros((batch_size, self.d_inner, self.d_conv), dtype), "lrnn_state": state}
+
+
+def _in_jax(graph, values, lengths):
+    params, x, before = values
+    return nnx.merge(graph, params)._outputs(x, before, lengths)
+
+
+def _in_kernel(graph, values, lengths):
+    params, x, before = values
+    layer = nnx.merge(graph, params)
+    projections = [(p.kernel[...], None if p.bias is None else p.bias[...]) for p in layer._projections()]
+    weights, bias = taps(layer.conv1d)
+    if not _rglru_native.fits(x, projections, weights, bias, layer.a_log[...], *(before or ())):
+        return layer._outputs(x, before, lengths)
+    return _rglru_native.forward(x, projections, weights.T, bias, layer.a_log[:, 0], layer.c, before, lengths)
+
+
+_compute = undifferentiated("rglru", _in_jax, _in_kernel)

@@ -11,7 +11,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Complex, Float, Int
 
-from spyx.ops import bilinear, diagonal_ssm, dirac, zoh
+from spyx.ops import _diagonal_native, bilinear, diagonal_ssm, dirac, zoh
+from spyx.ops._undifferentiated import undifferentiated
 from spyx.ops.dtypes import to_complex, widen
 from spyx.ops.hippo import block_normal_form
 
@@ -19,6 +20,7 @@ from ...core.discretization import Reference
 from ...random import default_rngs
 from ...utils.init import init_CV, init_log_steps, init_VinvB
 from ._diagonal import varying_ssm
+from ._kernels import may_fuse
 from ._scanned import ScannedLTV
 from .base import Cache
 
@@ -147,19 +149,34 @@ class S5(ScannedLTV):
             h0 = state[_state_name(state)]
         discretize = _DISCRETIZE[self.discretization]
         A_bar, gamma = discretize(A, dt)
-        B = jnp.reshape(gamma, (-1, 1)) * B
-        if timesteps is None:
-            y, h = diagonal_ssm(
-                x, A_bar, B, C, self.D[...], h0,
-                lengths=lengths, conj_sym=self.conj_sym, return_state=True, precision=self.precision,
-            )  # fmt: skip
-        else:
+        if timesteps is not None:
             A_bar, _ = discretize(A, timesteps[..., None] * dt)
-            y, h = varying_ssm(
-                x, A_bar, B, C, self.D[...], h0,
-                lengths=lengths, conj_sym=self.conj_sym, precision=self.precision,
-            )  # fmt: skip
+        values = x, A_bar, jnp.broadcast_to(gamma, dt.shape), B, C, self.D[...], h0
+        compute = _compute if may_fuse(x.shape[0]) else _in_jax
+        y, h = compute((self.conj_sym, self.precision), values, lengths)
         return y, {**state, _state_name(state): h}
+
+
+def _in_jax(how, values, lengths):
+    conj_sym, precision = how
+    x, A_bar, gamma, B, C, D, h0 = values
+    B = gamma[:, None] * B
+    if A_bar.ndim > 1:
+        return varying_ssm(x, A_bar, B, C, D, h0, lengths=lengths, conj_sym=conj_sym, precision=precision)
+    return diagonal_ssm(
+        x, A_bar, B, C, D, h0, lengths=lengths, conj_sym=conj_sym, return_state=True, precision=precision
+    )
+
+
+def _in_kernel(how, values, lengths):
+    x, A_bar, gamma, B, C, D, h0 = values
+    gamma = gamma.astype(B.dtype)
+    if _diagonal_native.fits(x, A_bar, gamma, B, C, D, h0):
+        return _diagonal_native.forward(x, A_bar, gamma, B, C, D, h0, lengths, conj_sym=how[0])
+    return _in_jax(how, values, lengths)
+
+
+_compute = undifferentiated("diagonal_layer", _in_jax, _in_kernel)
 
 
 def _state_name(cache: Cache) -> str:

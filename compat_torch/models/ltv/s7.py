@@ -11,12 +11,14 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from spyx.ops import linear_scan
+from spyx.ops import _s7_native, linear_scan
+from spyx.ops._undifferentiated import undifferentiated
 from spyx.ops.dtypes import state_dtype, widen
 
 from ...core.discretization import Reference
 from ...core.layers import linear
 from ...random import default_rngs
+from ._kernels import may_fuse
 from .base import LTV_LRNN, Cache
 
 _BLOCK = 2**18  # elements of B_t or C_t alive at once, unless one row needs more
@@ -98,6 +100,17 @@ class S7(LTV_LRNN):
         lengths: Int[Array, " B"] | None,
         state: Cache | None,
     ) -> tuple[Float[Array, "L B H"], Cache]:
+        h0 = None if state is None else state["lrnn_state"]
+        if may_fuse(x.shape[0], self.in_proj, self.x_proj, self.gate_proj):
+            graph, params = nnx.split(self)
+            y, last = _compute(graph, (params, x, h0), lengths)
+        else:
+            y, last = self._outputs(x, h0, lengths)
+        return y, {"lrnn_state": last}
+
+    def _outputs(
+        self, x: Float[Array, "L B H"], h0: Float[Array, "B N"] | None, lengths: Int[Array, " B"] | None
+    ) -> tuple[Float[Array, "L B H"], Float[Array, "B N"]]:
         H, N = self.d_model, self.d_state
         u = self.in_proj(x)
         to_A, to_B, to_C, to_D, to_bias = self._cut(self.x_proj.kernel[...])
@@ -112,10 +125,9 @@ class S7(LTV_LRNN):
 
         decay = self._decay(dot("lbk,kn->lbn", u, to_A))
         inputs = _in_blocks(drive, _BLOCK // (H * N), u) + dot("lbk,kn->lbn", u, to_bias)
-        h0 = None if state is None else state["lrnn_state"]
         h, last = linear_scan(decay, inputs, h0, lengths=lengths)
         y = _in_blocks(read_out, _BLOCK // (H * N), u, h) + dot("lbk,kh->lbh", u, to_D) * u
-        return self._leave(x, y), {"lrnn_state": last}
+        return self._leave(x, y), last
 
     def _update(
         self, x: Float[Array, "B H"], timesteps: Float[Array, " B"] | None, state: Cache
@@ -157,3 +169,23 @@ def _in_blocks(f, size: int, *arrays: Float[Array, "L B *_"]) -> Float[Array, "L
         done = jax.lax.map(lambda block: one(*block), blocks)
         parts.insert(0, done.reshape(whole * size, *done.shape[2:]))
     return jnp.concatenate(parts).reshape(L, B, *parts[0].shape[1:])
+
+
+def _in_jax(graph, values, lengths):
+    params, x, h0 = values
+    return nnx.merge(graph, params)._outputs(x, h0, lengths)
+
+
+def _in_kernel(graph, values, lengths):
+    params, x, h0 = values
+    layer = nnx.merge(graph, params)
+    W_in, W, W_gate = (p.kernel[...] for p in (layer.in_proj, layer.x_proj, layer.gate_proj))
+    base = layer.base_params[...]
+    if not _s7_native.fits(x, W_in, W, W_gate, base, *(() if h0 is None else (h0,))):
+        return layer._outputs(x, h0, lengths)
+    u, decay, inputs = _s7_native.inputs(x, W_in, W, base)
+    h, last = linear_scan(decay, inputs, h0, lengths=lengths)
+    return _s7_native.outputs(x, u, h, W, W_gate), last
+
+
+_compute = undifferentiated("s7", _in_jax, _in_kernel)

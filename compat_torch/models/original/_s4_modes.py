@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Float
 
 from spyx.ops.dtypes import to_complex
 
+from ...core.compiled import compiled
 from ..lti import _s4_dplr as dplr
 from ..lti._s4_diagonal import read_out
 from ..lti._s4_kernels import Cache, Dropout, SSMKernelDPLR, half, whole
@@ -52,6 +53,7 @@ def zero_cache(kernel: SSMKernelDPLR, batch_size: int, mode: StepMode) -> Cache:
     return {"lrnn_state": jnp.zeros((batch_size, *dB.shape), dB.dtype), **matrices}
 
 
+@compiled
 def respond(
     kernel: SSMKernelDPLR,
     u: Float[Array, "L B H"],
@@ -70,6 +72,7 @@ def respond(
     return y, {**cache, "lrnn_state": _to_eigenbasis(cache["V_inv"], h)}
 
 
+@compiled
 def update(kernel: SSMKernelDPLR, u: Float[Array, "B H"], cache: Cache) -> tuple[Float[Array, "B c H"], Cache]:
     """As `Kernel.update`, with a cache of any mode."""
     mode, state = mode_of(cache), cache["lrnn_state"]
@@ -87,6 +90,7 @@ def update(kernel: SSMKernelDPLR, u: Float[Array, "B H"], cache: Cache) -> tuple
         return jnp.sum(y, -1).astype(u.dtype), {**cache, "lrnn_state": _pack(re, im, state.dtype)}
 
 
+@compiled
 def _dense_matrices(kernel: SSMKernelDPLR) -> Cache:
     system, _ = kernel.continuous()
     on_parts, b = dplr.dense(system), transition(*system).B_bar

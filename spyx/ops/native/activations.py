@@ -1,6 +1,6 @@
 """Elementary functions in float32 without branches or calls, which LLVM vectorises. Errors are below 3e-7, relative.
 
-NaN comes out as NaN. `exp2` saturates outside [-125.5, 127.9], where the others follow it.
+NaN comes out as NaN. `exp2_and_slope` saturates outside [-125.5, 127.9], where the others follow it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _ROUND = _f(1.5 * 2**23)
 _P1, _P2, _P3, _P4, _P5, _P6 = (
     _f(c) for c in (0.69314718, 0.24022648, 0.05550332, 0.009618437, 0.0013398875, 0.0001535336)
 )
-"""2^x = 1 + P1 x + ... + P6 x^6 on [-1/2, 1/2] with relative error 2e-9, a minimax fit."""
+"""2^x = 1 + P1 x + ... + P6 x^6 on [-1/2, 1/2] with relative error 2e-9, a minimax fit; without the 1 4e-8."""
 
 
 @intrinsic
@@ -40,34 +40,40 @@ def _from_bits(_, x):
 
 
 @njit(inline="always")
-def _scaled(rest, shifted):
-    """2^rest times 2 to the power of the integer in `shifted`."""
+def _slope(rest):
+    """(2^rest - 1) / rest."""
     p = _P6 * rest + _P5
     p = p * rest + _P4
     p = p * rest + _P3
     p = p * rest + _P2
-    p = p * rest + _P1
-    p = p * rest + _f(1)
-    return _from_bits(_bits(p) + (_bits(shifted) << np.int32(23)))
+    return p * rest + _P1
 
 
 @njit(inline="always")
-def exp2(x):
-    """2 to the power of x."""
+def _scaled(rest, slope, shifted):
+    """2^rest times 2 to the power of the integer in `shifted`."""
+    return _from_bits(_bits(slope * rest + _f(1)) + (_bits(shifted) << np.int32(23)))
+
+
+@njit(inline="always")
+def exp2_and_slope(x):
+    """2 to the power of x, and (2^x - 1) / x where |x| <= 1/2."""
     x = _f(-125.5) if x < _f(-125.5) else x
     x = _f(127.9) if x > _f(127.9) else x
     shifted = x + _ROUND
-    return _scaled(x - (shifted - _ROUND), shifted)
+    rest = x - (shifted - _ROUND)
+    slope = _slope(rest)
+    return _scaled(rest, slope, shifted), slope
 
 
 @njit(inline="always")
 def _exp_of_negative(x):
-    """exp(x) for x <= 0: as `exp2(x log2(e))`, without the error of that product."""
+    """exp(x) for x <= 0: as 2^(x log2(e)), without the error of that product."""
     x = _f(-87) if x < _f(-87) else x
     shifted = x * LOG2_E + _ROUND
     whole = shifted - _ROUND
-    rest = (x - whole * _LN2_HIGH) - whole * _LN2_LOW
-    return _scaled(rest * LOG2_E, shifted)
+    rest = ((x - whole * _LN2_HIGH) - whole * _LN2_LOW) * LOG2_E
+    return _scaled(rest, _slope(rest), shifted)
 
 
 @njit(inline="always")

@@ -1,19 +1,23 @@
-"""The selective scan of `spyx.ops.selective` for CPU: forward and backward, float32, real A, discretization "mamba".
+"""The selective scan of `spyx.ops.selective` for CPU: forward and backward, float32, real A.
 
-An item is one row e of E = B * G and `WIDTH` of its P channels (backward: a part of them, `WIDTH` at a time);
-the state of so many channels stays in the cache nearest to the core. Arrays are flat; layouts as in
-`spyx.ops._selective_step`: u, dt, z, y (T, E P), b, c (T, E N), A (N, P) or (E, N, P), states (E, N, P), the states
-before each chunk of K steps (T / K, E, N, P), D and dt_bias (G P), valid (T, B), reset (T, E) or (T, 1). What is absent
-is one element that is never read; the table of sizes says so.
+There is a kernel for each discretization, with and without a step size of its own for A (`event`), compiled when
+first used. An item is one row e of E = B * G and `WIDTH` of its P channels (backward: a part of them, `WIDTH` at a
+time); the state of so many channels stays in the cache nearest to the core. Arrays are flat; layouts as in
+`spyx.ops._selective_step`: u, dt, dt_a, z, y (T, E P), b, c (T, E N), A (N, P) or (E, N, P), states (E, N, P), the
+states before each chunk of K steps (T / K, E, N, P), D and dt_bias (G P), valid (T, B), reset (T, E) or (T, 1). What is
+absent is one element that is never read; the table of sizes says so.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from numba import njit
 
-from .activations import LOG2_E, exp2, sigmoid, softplus
+from .activations import sigmoid, softplus
 from .custom_call import kernel
+from .discretize import BILINEAR, KINDS, MAMBA, ZOH, common, decay, decay_slope, gain_slopes, rate, respond
 from .memory import flags, floats, ints, prefetch, words
 
 WIDTH = 64
@@ -75,214 +79,272 @@ def _cleared(table, reset, t, e):
     return rows > 0 and reset[t * rows + e % rows] != 0
 
 
-@kernel
-def forward(item, buffers):
-    """Operands: table, u, dt, b, c, z, A, D, dt_bias, valid, reset, h0. Results: y, last state, starts."""
-    at = words(buffers, 15)
-    table = ints(at[0], _SIZES)
-    T, E, P, N, K, group = table[_T], table[_E], table[_P], table[_N], table[_K], table[_G]
-    blocks = (P + WIDTH - 1) // WIDTH
-    e, first = item // blocks, item % blocks * WIDTH
-    width = min(WIDTH, P - first)
-    valid, reset = flags(at[9], T * table[_VALID_ROWS]), flags(at[10], T * table[_RESET_ROWS])
+def _kernels(make: Callable[[int, bool], Callable[[int, int], None]]) -> dict[tuple[str, bool], int]:
+    """The number of each kernel by (discretization, event)."""
 
-    h, a = np.zeros((N, WIDTH), np.float32), np.zeros((N, WIDTH), np.float32)
-    local = np.zeros((6, WIDTH), np.float32)
-    u, dt, drive, y, D, bias = local[0], local[1], local[2], local[3], local[4], local[5]
-    row_of_A = e if table[_A_ROWS] > 1 else 0
-    for n in range(N):
-        _load(h[n], at[11], (e * N + n) * P + first, width)
-        _load(a[n], at[6], (row_of_A * N + n) * P + first, width)
-        for p in range(WIDTH):
-            a[n, p] *= LOG2_E
-    if table[_HAS_D]:
-        _load(D, at[7], e % group * P + first, width)
-    if table[_HAS_BIAS]:
-        _load(bias, at[8], e % group * P + first, width)
+    def named(kind: int, event: bool) -> int:
+        function = make(kind, event)
+        function.__qualname__ = f"{make.__name__.strip('_')}_{KINDS[kind]}{'_event' if event else ''}"
+        return kernel(function)
 
-    for i in range(T):
-        t = T - 1 - i if table[_REVERSE] else i
-        here = (t * E + e) * P + first
-        if i % K == 0:
-            for n in range(N):
-                _store(at[14], ((t // K * E + e) * N + n) * P + first, h[n], width)
-        if _skipped(table, valid, t, e):
-            y[:] = 0
-            _store(at[12], here, y, width)
-            continue
-        if _cleared(table, reset, t, e):
-            h[:] = 0
-        for k in (1, 2, 12):
-            _ask_ahead(at[k], here, table, width)
-        if table[_HAS_Z]:
-            _ask_ahead(at[5], here, table, width)
-        _load(u, at[1], here, width)
-        _load(dt, at[2], here, width)
-        for p in range(WIDTH):
-            dt[p] += bias[p]
-        if table[_SOFTPLUS]:
-            for p in range(WIDTH):
-                dt[p] = softplus(dt[p])
-        for p in range(WIDTH):
-            drive[p] = dt[p] * u[p]
-            y[p] = D[p] * u[p]
-        b, c = floats(at[3] + 4 * (t * E + e) * N, N), floats(at[4] + 4 * (t * E + e) * N, N)
+    return {(name, event): named(kind, event) for kind, name in enumerate(KINDS) for event in (False, True)}
+
+
+def _forward(kind: int, event: bool):
+    """Operands: table, u, dt, dt_a, b, c, z, A, D, dt_bias, valid, reset, h0. Results: y, last state, starts."""
+
+    def forward(item, buffers):
+        at = words(buffers, 16)
+        table = ints(at[0], _SIZES)
+        T, E, P, N, K, group = table[_T], table[_E], table[_P], table[_N], table[_K], table[_G]
+        blocks = (P + WIDTH - 1) // WIDTH
+        e, first = item // blocks, item % blocks * WIDTH
+        width = min(WIDTH, P - first)
+        valid, reset = flags(at[10], T * table[_VALID_ROWS]), flags(at[11], T * table[_RESET_ROWS])
+
+        h, a = np.zeros((N, WIDTH), np.float32), np.zeros((N, WIDTH), np.float32)
+        local = np.zeros((7, WIDTH), np.float32)
+        u, dt, drive, y, D, bias = local[0], local[1], local[2], local[3], local[4], local[5]
+        step = local[6] if event else dt
+        row_of_A = e if table[_A_ROWS] > 1 else 0
         for n in range(N):
+            _load(h[n], at[12], (e * N + n) * P + first, width)
+            _load(a[n], at[7], (row_of_A * N + n) * P + first, width)
             for p in range(WIDTH):
-                h[n, p] = exp2(dt[p] * a[n, p]) * h[n, p] + drive[p] * b[n]
-                y[p] += h[n, p] * c[n]
-        if table[_HAS_Z]:
-            _load(u, at[5], here, width)
+                a[n, p] = rate(kind, a[n, p])
+        if table[_HAS_D]:
+            _load(D, at[8], e % group * P + first, width)
+        if table[_HAS_BIAS]:
+            _load(bias, at[9], e % group * P + first, width)
+
+        for i in range(T):
+            t = T - 1 - i if table[_REVERSE] else i
+            here = (t * E + e) * P + first
+            if i % K == 0:
+                for n in range(N):
+                    _store(at[15], ((t // K * E + e) * N + n) * P + first, h[n], width)
+            if _skipped(table, valid, t, e):
+                y[:] = 0
+                _store(at[13], here, y, width)
+                continue
+            if _cleared(table, reset, t, e):
+                h[:] = 0
+            for k in (1, 2, 13):
+                _ask_ahead(at[k], here, table, width)
+            if table[_HAS_Z]:
+                _ask_ahead(at[6], here, table, width)
+            _load(u, at[1], here, width)
+            _load(dt, at[2], here, width)
+            if event:
+                _ask_ahead(at[3], here, table, width)
+                _load(step, at[3], here, width)
             for p in range(WIDTH):
-                y[p] *= u[p] * sigmoid(u[p])
-        _store(at[12], here, y, width)
-    for n in range(N):
-        _store(at[13], (e * N + n) * P + first, h[n], width)
+                dt[p] += bias[p]
+            if table[_SOFTPLUS]:
+                for p in range(WIDTH):
+                    dt[p] = softplus(dt[p])
+            for p in range(WIDTH):
+                drive[p] = common(kind, dt[p]) * u[p]
+                y[p] = D[p] * u[p]
+            b, c = floats(at[4] + 4 * (t * E + e) * N, N), floats(at[5] + 4 * (t * E + e) * N, N)
+            for n in range(N):
+                for p in range(WIDTH):
+                    key, rest = respond(kind, step[p], a[n, p])
+                    if event:
+                        _, rest = respond(kind, dt[p], a[n, p])
+                    h[n, p] = decay(kind, key, step[p], a[n, p]) * h[n, p] + drive[p] * b[n] * rest
+                    y[p] += h[n, p] * c[n]
+            if table[_HAS_Z]:
+                _load(u, at[6], here, width)
+                for p in range(WIDTH):
+                    y[p] *= u[p] * sigmoid(u[p])
+            _store(at[13], here, y, width)
+        for n in range(N):
+            _store(at[14], (e * N + n) * P + first, h[n], width)
+
+    return forward
 
 
-@kernel
-def backward(item, buffers):
+def _backward(kind: int, event: bool):
     """The adjoint of `forward`, chunk by chunk against the direction of the scan, states recomputed in each.
 
-    Operands: table, u, dt, b, c, z, A, D, dt_bias, valid, reset, starts, dy, dh. Results, cotangents: u, dt, b and c
-    of each part (parts, T, E N), z, A by row (E, N, P), D and dt_bias by row (E, P), h0.
+    Operands: table, u, dt, dt_a, b, c, z, A, D, dt_bias, valid, reset, starts, dy, dh. Results, cotangents: u, dt,
+    dt_a, b and c of each part (parts, T, E N), z, A by row (E, N, P), D and dt_bias by row (E, P), h0.
     """
-    at = words(buffers, 23)
-    table = ints(at[0], _SIZES)
-    T, E, P, N, K, group, parts = (
-        table[_T], table[_E], table[_P], table[_N], table[_K], table[_G], table[_PARTS]
-    )  # fmt: skip
-    e, part, blocks = item // parts, item % parts, (P + WIDTH - 1) // WIDTH
-    row_of_A = e if table[_A_ROWS] > 1 else 0
-    valid, reset = flags(at[9], T * table[_VALID_ROWS]), flags(at[10], T * table[_RESET_ROWS])
+    gain_varies = kind in (ZOH, BILINEAR)
 
-    states, decays = np.zeros((K + 1, N, WIDTH), np.float32), np.zeros((K, N, WIDTH), np.float32)
-    us, raws = np.zeros((K, WIDTH), np.float32), np.zeros((K, WIDTH), np.float32)
-    dts, ys = np.zeros((K, WIDTH), np.float32), np.zeros((K, WIDTH), np.float32)
-    a, dh = np.zeros((N, WIDTH), np.float32), np.zeros((N, WIDTH), np.float32)
-    da = np.zeros((N, WIDTH), np.float32)
-    local = np.zeros((11, WIDTH), np.float32)
-    D, bias, dD, dbias = local[0], local[1], local[2], local[3]
-    drive, dy, z, by_b, by_a, g, change = local[4], local[5], local[6], local[7], local[8], local[9], local[10]
+    def backward(item, buffers):
+        at = words(buffers, 25)
+        table = ints(at[0], _SIZES)
+        T, E, P, N, K, group, parts = (
+            table[_T], table[_E], table[_P], table[_N], table[_K], table[_G], table[_PARTS]
+        )  # fmt: skip
+        e, part, blocks = item // parts, item % parts, (P + WIDTH - 1) // WIDTH
+        row_of_A = e if table[_A_ROWS] > 1 else 0
+        valid, reset = flags(at[10], T * table[_VALID_ROWS]), flags(at[11], T * table[_RESET_ROWS])
 
-    first_block, end_block = part * blocks // parts, (part + 1) * blocks // parts
-    for block in range(first_block, end_block):
-        first = block * WIDTH
-        width = min(WIDTH, P - first)
-        a[:], dh[:], da[:], local[:], us[:], raws[:], states[:] = 0, 0, 0, 0, 0, 0, 0
-        for n in range(N):
-            _load(a[n], at[6], (row_of_A * N + n) * P + first, width)
-            _load(dh[n], at[13], (e * N + n) * P + first, width)
-        if table[_HAS_D]:
-            _load(D, at[7], e % group * P + first, width)
-        if table[_HAS_BIAS]:
-            _load(bias, at[8], e % group * P + first, width)
+        states, keys = np.zeros((K + 1, N, WIDTH), np.float32), np.zeros((K, N, WIDTH), np.float32)
+        us, raws = np.zeros((K, WIDTH), np.float32), np.zeros((K, WIDTH), np.float32)
+        dts, ys = np.zeros((K, WIDTH), np.float32), np.zeros((K, WIDTH), np.float32)
+        steps = np.zeros((K, WIDTH), np.float32) if event else dts
+        a, dh = np.zeros((N, WIDTH), np.float32), np.zeros((N, WIDTH), np.float32)
+        da, rates = np.zeros((N, WIDTH), np.float32), np.zeros((N, WIDTH), np.float32)
+        local = np.zeros((16, WIDTH), np.float32)
+        D, bias, dD, dbias = local[0], local[1], local[2], local[3]
+        drive, dy, z, by_drive, by_dt, by_step = local[4], local[5], local[6], local[7], local[8], local[9]
+        g, change, nothing = local[10], local[11], local[12]
+        rest, slope, slope_A = local[13], local[14], local[15]
 
-        for k in range(T // K):
-            chunk = k if table[_REVERSE] else T // K - 1 - k
+        first_block, end_block = part * blocks // parts, (part + 1) * blocks // parts
+        for block in range(first_block, end_block):
+            first = block * WIDTH
+            width = min(WIDTH, P - first)
+            a[:], dh[:], da[:], local[:], us[:], raws[:], states[:], steps[:] = 0, 0, 0, 0, 0, 0, 0, 0
             for n in range(N):
-                _load(states[0, n], at[11], ((chunk * E + e) * N + n) * P + first, width)
-            for j in range(K):
-                t = chunk * K + (K - 1 - j if table[_REVERSE] else j)
-                here = (t * E + e) * P + first
-                if _skipped(table, valid, t, e):
-                    states[j + 1] = states[j]
-                    continue
-                _ask_ahead(at[1], here, table, width)
-                _ask_ahead(at[2], here, table, width)
-                _load(us[j], at[1], here, width)
-                _load(raws[j], at[2], here, width)
+                _load(a[n], at[7], (row_of_A * N + n) * P + first, width)
                 for p in range(WIDTH):
-                    raws[j, p] += bias[p]
-                if table[_SOFTPLUS]:
-                    for p in range(WIDTH):
-                        dts[j, p] = softplus(raws[j, p])
-                else:
-                    dts[j] = raws[j]
-                for p in range(WIDTH):
-                    drive[p] = dts[j, p] * us[j, p]
-                for p in range(WIDTH):
-                    ys[j, p] = D[p] * us[j, p]
-                b, c = floats(at[3] + 4 * (t * E + e) * N, N), floats(at[4] + 4 * (t * E + e) * N, N)
-                cleared = _cleared(table, reset, t, e)
-                for n in range(N):
-                    if cleared:
-                        for p in range(WIDTH):
-                            states[j + 1, n, p] = drive[p] * b[n]
-                    else:
-                        for p in range(WIDTH):
-                            decays[j, n, p] = exp2(dts[j, p] * a[n, p] * LOG2_E)
-                        for p in range(WIDTH):
-                            states[j + 1, n, p] = decays[j, n, p] * states[j, n, p] + drive[p] * b[n]
-                    for p in range(WIDTH):
-                        ys[j, p] += states[j + 1, n, p] * c[n]
+                    rates[n, p] = rate(kind, a[n, p])
+                _load(dh[n], at[14], (e * N + n) * P + first, width)
+            if table[_HAS_D]:
+                _load(D, at[8], e % group * P + first, width)
+            if table[_HAS_BIAS]:
+                _load(bias, at[9], e % group * P + first, width)
 
-            for i in range(K):
-                j = K - 1 - i
-                t = chunk * K + (i if table[_REVERSE] else j)
-                here = (t * E + e) * P + first
-                summed = 4 * ((part * T + t) * E + e) * N
-                db, dc = floats(at[16] + summed, N), floats(at[17] + summed, N)
-                if block == first_block:
-                    db[:], dc[:] = 0, 0
-                by_b[:], by_a[:] = 0, 0
-                if _skipped(table, valid, t, e):
-                    _store(at[14], here, by_b, width)
-                    _store(at[15], here, by_a, width)
+            for k in range(T // K):
+                chunk = k if table[_REVERSE] else T // K - 1 - k
+                for n in range(N):
+                    _load(states[0, n], at[12], ((chunk * E + e) * N + n) * P + first, width)
+                for j in range(K):
+                    t = chunk * K + (K - 1 - j if table[_REVERSE] else j)
+                    here = (t * E + e) * P + first
+                    if _skipped(table, valid, t, e):
+                        states[j + 1] = states[j]
+                        continue
+                    _ask_ahead(at[1], here, table, width)
+                    _ask_ahead(at[2], here, table, width)
+                    _load(us[j], at[1], here, width)
+                    _load(raws[j], at[2], here, width)
+                    if event:
+                        _ask_ahead(at[3], here, table, width)
+                        _load(steps[j], at[3], here, width)
+                    for p in range(WIDTH):
+                        raws[j, p] += bias[p]
+                    if table[_SOFTPLUS]:
+                        for p in range(WIDTH):
+                            dts[j, p] = softplus(raws[j, p])
+                    else:
+                        dts[j] = raws[j]
+                    for p in range(WIDTH):
+                        drive[p] = common(kind, dts[j, p]) * us[j, p]
+                    for p in range(WIDTH):
+                        ys[j, p] = D[p] * us[j, p]
+                    b, c = floats(at[4] + 4 * (t * E + e) * N, N), floats(at[5] + 4 * (t * E + e) * N, N)
+                    cleared = _cleared(table, reset, t, e)
+                    for n in range(N):
+                        for p in range(WIDTH):
+                            keys[j, n, p], factor = respond(kind, steps[j, p], rates[n, p])
+                            if gain_varies:
+                                rest[p] = respond(kind, dts[j, p], rates[n, p])[1] if event else factor
+                        if cleared:
+                            for p in range(WIDTH):
+                                states[j + 1, n, p] = drive[p] * b[n] * (rest[p] if gain_varies else _one)
+                        else:
+                            for p in range(WIDTH):
+                                kept = decay(kind, keys[j, n, p], steps[j, p], rates[n, p]) * states[j, n, p]
+                                states[j + 1, n, p] = kept + drive[p] * b[n] * (rest[p] if gain_varies else _one)
+                        for p in range(WIDTH):
+                            ys[j, p] += states[j + 1, n, p] * c[n]
+
+                for i in range(K):
+                    j = K - 1 - i
+                    t = chunk * K + (i if table[_REVERSE] else j)
+                    here = (t * E + e) * P + first
+                    summed = 4 * ((part * T + t) * E + e) * N
+                    db, dc = floats(at[18] + summed, N), floats(at[19] + summed, N)
+                    if block == first_block:
+                        db[:], dc[:] = 0, 0
+                    by_drive[:], by_dt[:], by_step[:] = 0, 0, 0
+                    if _skipped(table, valid, t, e):
+                        _store(at[15], here, nothing, width)
+                        _store(at[16], here, nothing, width)
+                        if event:
+                            _store(at[17], here, nothing, width)
+                        if table[_HAS_Z]:
+                            _store(at[20], here, nothing, width)
+                        continue
+                    _ask_behind(at[13], here, table, width)
+                    _load(dy, at[13], here, width)
                     if table[_HAS_Z]:
-                        _store(at[18], here, by_a, width)
-                    continue
-                _ask_behind(at[12], here, table, width)
-                _load(dy, at[12], here, width)
-                if table[_HAS_Z]:
-                    _ask_behind(at[5], here, table, width)
-                    _load(z, at[5], here, width)
-                    for p in range(WIDTH):
-                        s = sigmoid(z[p])
-                        g[p] = dy[p] * ys[j, p] * s * (_one + z[p] * (_one - s))
-                        z[p] = z[p] * s
-                    _store(at[18], here, g, width)
-                    for p in range(WIDTH):
-                        dy[p] *= z[p]
-                for p in range(WIDTH):
-                    drive[p] = dts[j, p] * us[j, p]
-                b, c = floats(at[3] + 4 * (t * E + e) * N, N), floats(at[4] + 4 * (t * E + e) * N, N)
-                cleared = _cleared(table, reset, t, e)
-                for n in range(N):
-                    for p in range(WIDTH):
-                        g[p] = dh[n, p] + dy[p] * c[n]
-                    for p in range(WIDTH):
-                        by_b[p] += g[p] * b[n]
-                    if cleared:
+                        _ask_behind(at[6], here, table, width)
+                        _load(z, at[6], here, width)
                         for p in range(WIDTH):
-                            dh[n, p] = 0
+                            s = sigmoid(z[p])
+                            g[p] = dy[p] * ys[j, p] * s * (_one + z[p] * (_one - s))
+                            z[p] = z[p] * s
+                        _store(at[20], here, g, width)
+                        for p in range(WIDTH):
+                            dy[p] *= z[p]
+                    for p in range(WIDTH):
+                        drive[p] = common(kind, dts[j, p]) * us[j, p]
+                    b, c = floats(at[4] + 4 * (t * E + e) * N, N), floats(at[5] + 4 * (t * E + e) * N, N)
+                    cleared = _cleared(table, reset, t, e)
+                    for n in range(N):
+                        for p in range(WIDTH):
+                            g[p] = dh[n, p] + dy[p] * c[n]
+                        if cleared:
+                            for p in range(WIDTH):
+                                dh[n, p] = 0
+                        else:
+                            for p in range(WIDTH):
+                                dh[n, p] = g[p] * decay(kind, keys[j, n, p], steps[j, p], rates[n, p])
+                            for p in range(WIDTH):
+                                change[p] = decay_slope(kind, keys[j, n, p], g[p], dh[n, p]) * states[j, n, p]
+                            for p in range(WIDTH):
+                                by_step[p] += change[p] * a[n, p]
+                            for p in range(WIDTH):
+                                da[n, p] += change[p] * steps[j, p]
+                        dc[n] += _dot(states[j + 1, n], dy)
+                        if gain_varies:
+                            for p in range(WIDTH):
+                                key = respond(kind, dts[j, p], rates[n, p])[0] if event else keys[j, n, p]
+                                rest[p], slope[p], slope_A[p] = gain_slopes(kind, key, dts[j, p], a[n, p])
+                            for p in range(WIDTH):
+                                by_dt[p] += g[p] * b[n] * slope[p]
+                            for p in range(WIDTH):
+                                da[n, p] += g[p] * b[n] * slope_A[p] * us[j, p]
+                            for p in range(WIDTH):
+                                g[p] *= rest[p]
+                        for p in range(WIDTH):
+                            by_drive[p] += g[p] * b[n]
+                        db[n] += _dot(g, drive)
+                    for p in range(WIDTH):
+                        dD[p] += dy[p] * us[j, p]
+                    if kind == MAMBA:
+                        by_dt[:] = by_drive
+                    for p in range(WIDTH):
+                        by_dt[p] *= us[j, p]
+                    if event:
+                        _store(at[17], here, by_step, width)
                     else:
                         for p in range(WIDTH):
-                            dh[n, p] = g[p] * decays[j, n, p]
+                            by_dt[p] += by_step[p]
+                    if table[_SOFTPLUS]:
                         for p in range(WIDTH):
-                            change[p] = dh[n, p] * states[j, n, p]
-                        for p in range(WIDTH):
-                            by_a[p] += change[p] * a[n, p]
-                        for p in range(WIDTH):
-                            da[n, p] += change[p] * dts[j, p]
-                    db[n] += _dot(g, drive)
-                    dc[n] += _dot(states[j + 1, n], dy)
-                for p in range(WIDTH):
-                    dD[p] += dy[p] * us[j, p]
-                for p in range(WIDTH):
-                    by_a[p] += us[j, p] * by_b[p]
-                if table[_SOFTPLUS]:
+                            by_dt[p] *= sigmoid(raws[j, p])
                     for p in range(WIDTH):
-                        by_a[p] *= sigmoid(raws[j, p])
-                for p in range(WIDTH):
-                    dbias[p] += by_a[p]
-                for p in range(WIDTH):
-                    by_b[p] = dts[j, p] * by_b[p] + dy[p] * D[p]
-                _store(at[14], here, by_b, width)
-                _store(at[15], here, by_a, width)
+                        dbias[p] += by_dt[p]
+                    for p in range(WIDTH):
+                        by_drive[p] = common(kind, dts[j, p]) * by_drive[p] + dy[p] * D[p]
+                    _store(at[15], here, by_drive, width)
+                    _store(at[16], here, by_dt, width)
 
-        for n in range(N):
-            _store(at[19], (e * N + n) * P + first, da[n], width)
-            _store(at[22], (e * N + n) * P + first, dh[n], width)
-        _store(at[20], e * P + first, dD, width)
-        _store(at[21], e * P + first, dbias, width)
+            for n in range(N):
+                _store(at[21], (e * N + n) * P + first, da[n], width)
+                _store(at[24], (e * N + n) * P + first, dh[n], width)
+            _store(at[22], e * P + first, dD, width)
+            _store(at[23], e * P + first, dbias, width)
+
+    return backward
+
+
+forward, backward = _kernels(_forward), _kernels(_backward)

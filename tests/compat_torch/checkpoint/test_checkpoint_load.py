@@ -1,9 +1,12 @@
 """`compat_torch.load`: files, arguments, errors (on lrnnx S5 and LRU), and its options."""
 
+import gc
 import logging
+import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +14,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from flax import nnx
 from safetensors.numpy import save_file
 
 import compat_torch
@@ -213,15 +217,55 @@ def test_nan_and_infinity(tmp_path, dtype):
     assert_holds(compat_torch.load(tmp_path / "w.safetensors", allow_nonfinite=True), weights)
 
 
+def mamba_weights(dtype):
+    shapes = {"in_proj.weight": (22, 5), "conv1d.weight": (11, 1, 3), "conv1d.bias": (11,), "x_proj.weight": (9, 11)}
+    shapes |= {"dt_proj.weight": (11, 1), "dt_proj.bias": (11,), "dtA_proj.weight": (11, 1), "dtA_proj.bias": (11,)}
+    shapes |= {"A_log": (11, 4), "D": (11,), "out_proj.weight": (5, 11)}
+    rng = np.random.default_rng()
+    return {name: rng.normal(size=shape).astype(dtype) for name, shape in shapes.items()}
+
+
 @pytest.mark.parametrize("dtype", [None, jnp.float32])
-def test_the_module_does_not_depend_on_the_file(tmp_path, dtype):
-    weights = lru_weights()
-    save_file(weights, tmp_path / "w.safetensors")
-    model = compat_torch.load(tmp_path / "w.safetensors", dtype=dtype)
-    size = (tmp_path / "w.safetensors").stat().st_size
-    with open(tmp_path / "w.safetensors", "r+b") as file:
-        file.write(bytes(size))
-    assert_holds(model, weights)
+@pytest.mark.parametrize("stored", [np.float32, ml_dtypes.bfloat16, np.float64])
+def test_the_module_does_not_depend_on_the_file(tmp_path, stored, dtype):
+    path, weights = tmp_path / "w.safetensors", mamba_weights(stored)
+    save_file(weights, path)
+    with jax.enable_x64(stored is np.float64):
+        model = compat_torch.load(path, dtype=dtype, discretization="mamba")
+        with open(path, "r+b") as file:
+            file.write(bytes(path.stat().st_size))
+        assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(nnx.state(model)))
+        assert_holds(model, {name: value.astype(dtype or stored) for name, value in weights.items()})
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads the mappings as Linux lists them")
+def test_the_file_is_no_longer_mapped(tmp_path):
+    path = tmp_path / "w.safetensors"
+    save_file(mamba_weights(np.float32), path)
+    model = compat_torch.load(path, discretization="mamba")
+    gc.collect()
+    assert str(path) not in Path("/proc/self/maps").read_text()
+    assert model.d_model == 5
+
+
+def test_on_the_default_device(tmp_path):
+    path = tmp_path / "w.safetensors"
+    save_file(mamba_weights(np.float32), path)
+    code = f"""
+        import jax
+        from flax import nnx
+        import compat_torch
+
+        jax.config.update("jax_num_cpu_devices", 2)
+        with jax.default_device(jax.devices("cpu")[1]):
+            model = compat_torch.load({str(path)!r}, discretization="mamba")
+        print({{leaf.device.id for leaf in jax.tree.leaves(nnx.state(model))}})
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=os.environ | {"JAX_PLATFORMS": "cpu"}
+    )
+    assert done.stdout.strip() == "{1}", done.stderr
 
 
 def test_corrupt_files_reach_the_caller(tmp_path):

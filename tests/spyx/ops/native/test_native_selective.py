@@ -17,8 +17,21 @@ from oracles.selective import selective_scan as oracle
 from spyx.ops import selective_scan
 from spyx.ops.dispatch import native_kernels
 
+DISCRETIZATIONS = ("mamba", "zoh", "bilinear", "dirac")
+OPTIONAL = ("D", "z", "dt_bias", "h0")
+QUICK = (("mamba", False), ("zoh", False), ("zoh", True), ("bilinear", False), ("dirac", True))
+"""The kernels (discretization, event) that are compiled in every test run."""
+every_kernel = pytest.mark.parametrize(
+    ("discretization", "event"),
+    [
+        pytest.param(d, event, marks=() if (d, event) in QUICK else pytest.mark.full)
+        for d in DISCRETIZATIONS
+        for event in (False, True)
+    ],
+)
 
-def case(T, B, D, N, groups=1, seed=0, optional=("D", "z", "dt_bias", "h0")):
+
+def case(T, B, D, N, groups=1, seed=0, optional=OPTIONAL):
     rng = np.random.default_rng(seed)
 
     def real(*shape):
@@ -27,6 +40,7 @@ def case(T, B, D, N, groups=1, seed=0, optional=("D", "z", "dt_bias", "h0")):
     c = {"u": real(T, B, D), "dt": real(T, B, D), "A": -np.exp(real(D, N)), "B": real(T, B, groups, N)}
     c |= {"C": real(T, B, groups, N)}
     more = {"D": real(D), "z": real(T, B, D), "dt_bias": real(D), "h0": real(B, D, N)}
+    more["dt_A"] = rng.uniform(0.01, 1, (T, B, D)).astype(np.float32)
     return c | {name: more[name] for name in optional}
 
 
@@ -79,22 +93,31 @@ def test_values_and_gradients(shape, groups):
     check(case(*shape, groups), dt_softplus=True)
 
 
+@every_kernel
+def test_discretizations(discretization, event):
+    c = case(19, 2, 66, 3, optional=(*OPTIONAL, "dt_A") if event else OPTIONAL)
+    fixed = {"lengths": np.array([19, 7]), "reset": np.random.default_rng(1).random((19, 2)) < 0.2}
+    check(c, discretization=discretization, dt_softplus=True, **fixed)
+
+
 @settings(max_examples=4, deadline=None)
 @given(
     T=st.sampled_from([5, 23, 64]),
     groups=st.sampled_from([1, 2, 4]),
-    optional=st.sets(st.sampled_from(["D", "z", "dt_bias", "h0"])),
+    kernel=st.sampled_from(QUICK),
+    optional=st.sets(st.sampled_from(OPTIONAL)),
     reverse=st.booleans(),
     resets=st.sampled_from([None, "T", "TB"]),
     lengths=st.booleans(),
     softplus=st.booleans(),
 )
-def test_any_combination(T, groups, optional, reverse, resets, lengths, softplus):
-    c = case(T, 2, 8, 3, groups, optional=sorted(optional))
+def test_any_combination(T, groups, kernel, optional, reverse, resets, lengths, softplus):
+    discretization, event = kernel
+    c = case(T, 2, 8, 3, groups, optional=sorted(optional | {"dt_A"} if event else optional))
     if not softplus:
         c["dt"] = np.abs(c["dt"])
         c.pop("dt_bias", None)
-    fixed = {"dt_softplus": softplus, "reverse": reverse}
+    fixed = {"discretization": discretization, "dt_softplus": softplus, "reverse": reverse}
     if resets:
         fixed["reset"] = np.random.default_rng(1).random((T,) if resets == "T" else (T, 2)) < 0.3
     if lengths:
@@ -109,8 +132,12 @@ def test_any_combination_widely(data):
     draw = data.draw
     T, B, groups = draw(st.integers(1, 140)), draw(st.integers(1, 4)), draw(st.integers(1, 3))
     D, N = groups * draw(st.integers(1, 90)), draw(st.integers(1, 20))
-    c = case(T, B, D, N, groups, optional=sorted(draw(st.sets(st.sampled_from(["D", "z", "dt_bias", "h0"])))))
-    fixed = {"dt_softplus": True, "reverse": draw(st.booleans())}
+    c = case(T, B, D, N, groups, optional=sorted(draw(st.sets(st.sampled_from([*OPTIONAL, "dt_A"])))))
+    fixed = {"discretization": draw(st.sampled_from(DISCRETIZATIONS)), "dt_softplus": draw(st.booleans())}
+    if not fixed["dt_softplus"]:
+        c["dt"] = np.abs(c["dt"])
+        c.pop("dt_bias", None)
+    fixed["reverse"] = draw(st.booleans())
     if draw(st.booleans()):
         fixed["reset"] = np.random.default_rng(1).random((T, B)) < 0.2
     if draw(st.booleans()):
@@ -118,14 +145,34 @@ def test_any_combination_widely(data):
     check(c, **fixed)
 
 
-@pytest.mark.parametrize("scale", [1e-8, 1e-3, 1.0, 1e2])
-@pytest.mark.parametrize("A", [-1e-8, -1.0, -50.0, 0.0])
-def test_extreme_steps_are_finite_and_right(scale, A):
-    c = case(21, 2, 5, 2)
-    c.pop("dt_bias")
-    c["A"] = np.full((5, 2), A, np.float32)
-    c["dt"] = np.abs(c["dt"]) * np.float32(scale)
-    check(c)
+@every_kernel
+def test_extreme_steps_are_finite_and_right(discretization, event):
+    """Each channel on its own, against its own largest number, or 1e-12, below which lie float64's own errors."""
+    scales, rates = np.meshgrid([1e-8, 1e-3, 1.0, 1e2], [0.0, -1e-30, -1e-8, -0.3, -1.0, -50.0])
+    c = case(21, 2, scales.size, 2, optional=("D", "z", "h0", "dt_A") if event else ("D", "z", "h0"))
+    c["A"] = np.repeat(rates.reshape(-1, 1), 2, 1).astype(np.float32)
+    for name in ("dt", "dt_A") if event else ("dt",):
+        c[name] = np.abs(c[name]) * scales.reshape(-1).astype(np.float32)
+    fixed = {"discretization": discretization}
+    assert in_kernel(c, **fixed)
+    y, h = oracle(**c, **fixed)
+    g, (y32, h32) = evaluation("auto", **fixed)(c, weights(c))
+    _, (y_plain, h_plain) = evaluation("sequential", **fixed)(c, weights(c))
+    exact = {name: v.astype(np.float64) for name, v in c.items()}
+    with jax.enable_x64(True):
+        wanted = evaluation("sequential", **fixed)(exact, tuple(w.astype(np.float64) for w in weights(c)))[0]
+
+    def by_channel(name, v):
+        axis = {"A": 0, "D": 0, "h0": 1}.get(name, 2)
+        return np.moveaxis(np.asarray(v), axis, 0).reshape(scales.size, -1)
+
+    for name, *values in (("y", y32, y_plain, y), ("h0", h32, h_plain, h)):
+        for got, plain, true in zip(*(by_channel(name, v) for v in values), strict=True):
+            assert relative(got, true) <= max(1e-6, 2 * relative(plain, true))
+    for name in sorted(g.keys() - {"B", "C"}):
+        got, true = by_channel(name, g[name]), by_channel(name, wanted[name])
+        errors = np.abs(got - true).max(1) / np.maximum(np.abs(true).max(1), 1e-12)
+        assert errors.max() < 1e-5, (name, scales.flat[errors.argmax()], rates.flat[errors.argmax()])
 
 
 def test_softplus_keeps_small_and_large_steps():

@@ -1,0 +1,60 @@
+"""The compiled kernel of a small RG-LRU block behind arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+_MOST_WEIGHTS = 1 << 16
+"""More do not stay next to a core through all steps, and make products that XLA shares out over the cores."""
+Affine = tuple[Float[Array, "in out"], Float[Array, " out"] | None]
+
+
+def fits(x: Float[Array, "T B H"], projections: Sequence[Affine], *others: Array | None) -> bool:
+    """Whether `forward` takes these values, and gains by it."""
+    leaves = jax.tree.leaves((x, projections, others))
+    few = sum(matrix.size for matrix, _ in projections) <= _MOST_WEIGHTS
+    return few and x.size > 0 and all(v.dtype == jnp.float32 for v in leaves)
+
+
+def forward(
+    x: Float[Array, "T B H"],
+    projections: Sequence[Affine],
+    taps: Float[Array, "K D"],
+    conv_bias: Float[Array, " D"] | None,
+    a_log: Float[Array, " D"],
+    c: float,
+    before: tuple[Float[Array, "B D K"], Float[Array, "B D"]] | None,
+    lengths: Int[Array, " B"] | None,
+) -> tuple[Float[Array, "T B H"], Float[Array, "B D K"], Float[Array, "B D"]]:
+    """Outputs, the last K inputs of the convolution, and the last state.
+
+    Args:
+        x: input.
+        projections: matrix and bias of the gate, the input, the recurrent gate, the input gate, the output.
+        taps, conv_bias: of the convolution.
+        a_log: logit of the decay.
+        c: exponent of the recurrent gate.
+        before: the last K inputs of the convolution, and the state, before the first step; None is zero.
+        lengths: valid steps of each row; None is all.
+    """
+    from .native import rglru
+    from .native.custom_call import invoke
+
+    (T, B, H), (K, D) = x.shape, taps.shape
+    conv_state, h = before or (jnp.zeros((B, D, K), x.dtype), jnp.zeros((B, D), x.dtype))
+    affine = [v for matrix, bias in projections for v in (matrix, _or_zero(bias, matrix.shape[1]))]
+    operands = (
+        jnp.swapaxes(x, 0, 1), jnp.full((B,), T, jnp.int32) if lengths is None else lengths.astype(jnp.int32), *affine,
+        taps, _or_zero(conv_bias, D), a_log, jnp.full((1,), c, jnp.float32), jnp.swapaxes(conv_state, 1, 2), h,
+    )  # fmt: skip
+    results = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((B, T, H), (B, K, D), (B, D))]
+    y, conv_state, h = invoke(rglru.forward, B, (T, H, D, K), operands, results)
+    return jnp.swapaxes(y, 0, 1), jnp.swapaxes(conv_state, 1, 2), h
+
+
+def _or_zero(bias: Float[Array, " D"] | None, width: int) -> Float[Array, " D"]:
+    return jnp.zeros((width,), jnp.float32) if bias is None else bias

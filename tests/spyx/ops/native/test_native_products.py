@@ -1,0 +1,75 @@
+"""What the kernels of whole layers are made of: products of a few rows, the activation, against float64."""
+
+import math
+
+import jax
+import numpy as np
+import pytest
+from numba import njit
+
+from spyx.ops.native.gelu import gelu
+from spyx.ops.native.products import LANES, ROWS, add_product, multiply
+
+
+@njit(error_model="numpy", fastmath={"contract"})
+def product(to, x, w, bias):
+    rows, inner = x.shape
+    columns = w.shape[1]
+    to_stride, w_stride = to.strides[0] // 4, w.strides[0] // 4
+    multiply(
+        to.ctypes.data, to_stride, x.ctypes.data, x.strides[0] // 4, rows, w.ctypes.data, w_stride, inner, columns,
+        bias.ctypes.data,
+    )  # fmt: skip
+
+
+@njit(error_model="numpy", fastmath={"contract"})
+def added(to, x, w):
+    add_product(to.ctypes.data, x.ctypes.data, w.ctypes.data, w.shape[0], w.shape[1])
+
+
+@njit(error_model="numpy", fastmath={"contract"})
+def activated(to, x):
+    for p in range(len(x)):
+        to[p] = gelu(x[p])
+
+
+@pytest.mark.parametrize(
+    ("rows", "inner", "columns"),
+    [(1, 1, 1), (ROWS, 5, LANES), (ROWS + 1, 3, LANES + 1), (2 * ROWS - 1, 67, 3 * LANES - 1), (5, 0, 7)],
+)
+def test_products_write_their_rows_and_nothing_else(rows, inner, columns):
+    rng = np.random.default_rng()
+    x, w = rng.standard_normal((rows, inner + 3), np.float32), rng.standard_normal((inner, columns + 2), np.float32)
+    bias = rng.standard_normal(columns, np.float32)
+    to = np.full((rows + 1, columns + 4), 7, np.float32)
+    product(to[:, :columns], x[:rows, :inner], w[:, :columns], bias)
+    exact = x[:, :inner].astype(float) @ w[:, :columns].astype(float) + bias
+    size = np.abs(x[:, :inner]).astype(float) @ np.abs(w[:, :columns]) + np.abs(bias)
+    assert np.all(np.abs(to[:rows, :columns] - exact) <= 2**-23 * math.sqrt(inner + 1) * size)
+    assert np.all(to[rows] == 7)
+    assert np.all(to[:, columns:] == 7)
+
+
+@pytest.mark.parametrize(("inner", "columns"), [(1, 1), (7, LANES), (13, 2 * LANES + 5)])
+def test_a_row_is_added(inner, columns):
+    rng = np.random.default_rng()
+    x, w = rng.standard_normal(inner, np.float32), rng.standard_normal((inner, columns), np.float32)
+    start = rng.standard_normal(columns, np.float32)
+    to = np.append(start, np.float32(7))
+    added(to[:columns], x, w)
+    np.testing.assert_allclose(to[:columns], x.astype(float) @ w + start, atol=1e-5)
+    assert to[columns] == 7
+
+
+def test_the_activation_is_exact_in_both_tails():
+    x = np.concatenate([np.linspace(-12, 12, 4001), np.geomspace(1e-30, 1e30, 61), [0, np.nan]]).astype(np.float32)
+    y = np.empty_like(x)
+    activated(y, x)
+    exact = np.array([v / 2 * math.erfc(-v / math.sqrt(2)) for v in x.astype(float)])
+    # the second term is the rounding of x^2
+    limit = np.abs(exact) * (5e-7 + 1.2e-7 * x.astype(float) ** 2)
+    np.testing.assert_array_equal(np.isnan(y), np.isnan(x))
+    assert np.all(np.isnan(x) | (np.abs(y - exact) <= np.where(np.abs(x) < 13, limit, 5e-7 * np.abs(exact) + 1e-7)))
+    with jax.enable_x64(True):
+        close = np.asarray(jax.nn.gelu(x.astype(float), approximate=False))
+    np.testing.assert_allclose(exact[~np.isnan(x)], close[~np.isnan(x)], atol=1e-12)
