@@ -129,6 +129,9 @@ def build(
     detection = describe(content, entry, fit, evidence, kwargs)
     _check_arguments(content.path, entry, detection, kwargs)
     _log(content.path, detection)
+    arguments = dict(detection.arguments)
+    if dtype is not None:
+        arguments.pop("dtype", None)
     tensors = entry.canonical(content.tensors)
     if fit.unexpected:
         logger.warning("%s: left out: %s", content.path, shorten(fit.unexpected))
@@ -136,7 +139,7 @@ def build(
         tensors = {name: value for name, value in tensors.items() if name not in left_out}
     with ThreadPoolExecutor(1) as pool:
         finite = None if allow_nonfinite else pool.submit(check_finite, tensors, content.path)
-        module = _construct(content, entry, fit, detection.arguments)
+        module = _construct(content, entry, fit, arguments)
     if finite is not None:
         finite.result()
     try:

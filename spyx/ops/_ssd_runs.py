@@ -50,7 +50,7 @@ def chunked(o: Options, values: Values, reset: Array | None) -> tuple[Array, Arr
 
     def split(v):
         padded = jnp.pad(v, [(0, -T % chunk)] + [(0, 0)] * (v.ndim - 1)) if T % chunk else v
-        return padded.reshape(-1, chunk, *v.shape[1:])
+        return padded.reshape(len(padded) // chunk, chunk, *v.shape[1:])
 
     @jax.checkpoint
     def body(h, inputs):
@@ -58,7 +58,7 @@ def chunked(o: Options, values: Values, reset: Array | None) -> tuple[Array, Arr
         return h, _flipped(y, o.reverse)
 
     h, y = lax.scan(body, h, jax.tree.map(split, (x, dt, B, C, reset)), reverse=o.reverse)
-    return y.reshape(-1, *values.x.shape[1:])[:T], h.reshape(values.h0.shape)
+    return y.reshape(y.shape[0] * chunk, *values.x.shape[1:])[:T], h.reshape(values.h0.shape)
 
 
 def one_step(o: Options, values: Values) -> tuple[Array, Array]:

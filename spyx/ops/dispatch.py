@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 from jax.extend.core import Primitive
-from jax.interpreters import batching, mlir
+from jax.interpreters import ad, batching, mlir
 
 
 @cache
@@ -40,8 +40,9 @@ def platform_primitive(
     at shapes and dtypes and call `default` itself where its kernel does not fit.
 
     The result works eagerly, under jit, vmap, scan, checkpoint, shard_map and export for several platforms at
-    once. vmap is applied to each platform's own implementation. There is no differentiation rule: put the
-    function into a `jax.custom_vjp`.
+    once. vmap is applied to each platform's own implementation. Derivatives are those of `default`, which keep all
+    that JAX keeps: put the function into a `jax.custom_vjp`. What is left for them are derivatives of a derivative
+    where JAX drops such rules (in the loops of `lax.scan`).
 
     Args:
         name: of the primitive, as shown in jaxprs.
@@ -77,8 +78,12 @@ def platform_primitive(
         outs = primitive.bind(*leaves, tree=tree, in_axes=(*in_axes, tuple(dims)), static=static)
         return outs, [0] * len(outs)
 
+    def differentiate(primals, tangents, **params):
+        return jax.jvp(partial(run, default, **params), tuple(primals), tuple(map(ad.instantiate_zeros, tangents)))
+
     primitive.def_abstract_eval(abstract)
     primitive.def_impl(eager)
+    ad.primitive_jvps[primitive] = differentiate
     batching.primitive_batchers[primitive] = batch
     for platform, implementation in ((None, default), ("cpu", cpu), ("cuda", cuda), ("tpu", tpu)):
         if implementation is not None:

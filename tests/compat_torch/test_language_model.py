@@ -173,6 +173,16 @@ def test_a_saved_folder_keeps_dtypes_ties_and_every_argument(arguments, tmp_path
     np.testing.assert_array_equal(again(ids).logits, logits)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_dtype_asked_for_when_loading_is_that_of_weights_and_activations(dtype, tmp_path):
+    make(dtype=jnp.bfloat16).save_pretrained(tmp_path / "model")
+    model = LRNNLMHeadModel.from_pretrained(tmp_path / "model", dtype=dtype)
+    assert model(tokens(2, 5)).logits.dtype == dtype
+    dtypes = {value.dtype for name, value in model.state_dict().items() if name.endswith("out_proj.weight")}
+    assert dtypes == {jnp.dtype(dtype)}
+    assert "dtype" not in model.config
+
+
 def test_an_mlp_of_ones_own_is_asked_for_when_loading(tmp_path):
     mlp = partial(GatedMLP, activation=jnp.tanh)
     model = make(d_intermediate=4, mlp_cls=mlp)

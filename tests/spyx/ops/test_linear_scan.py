@@ -288,6 +288,24 @@ def test_derivatives_of_second_order(method, complex_):
         np.testing.assert_allclose(forward, backward, rtol=1e-9)
 
 
+def test_second_order_inside_a_loop_over_layers():
+    """JAX drops custom rules where it splits the body of a loop: what is left is the derivative of the plain scan."""
+    rng = np.random.default_rng(0)
+    decays, x = rng.uniform(0.5, 0.9, (3, 32)).astype(np.float32), numbers(rng, 20, 2, 32)
+
+    def hessian_product(method):
+        def loss(decays):
+            def layer(y, decay):
+                return y + 0.01 * y * linear_scan(decay, x, method=method)[0], None
+
+            return jnp.sum(jnp.sin(jax.lax.scan(layer, jnp.ones_like(x), decays)[0]))
+
+        return jax.jit(jax.grad(lambda decays: jnp.sum(jax.grad(loss)(decays))))(decays)
+
+    wanted = hessian_product("sequential")
+    np.testing.assert_allclose(hessian_product("auto"), wanted, rtol=1e-4, atol=1e-4 * np.abs(wanted).max())
+
+
 @pytest.mark.parametrize("method", ["sequential", "associative"])
 def test_forward_mode(method):
     rng = np.random.default_rng(0)

@@ -177,7 +177,7 @@ def test_step_agrees_with_scan():
     np.testing.assert_allclose(state, h, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("shape", [(0, 2, 2, 2, 2, 1), (1, 1, 1, 1, 1, 1), (67, 1, 2, 1, 2, 2)])
+@pytest.mark.parametrize("shape", [(0, 2, 2, 2, 2, 1), (5, 0, 2, 2, 2, 1), (1, 1, 1, 1, 1, 1), (67, 1, 2, 1, 2, 2)])
 def test_edge_shapes(shape):
     c = case(*shape)
     y, h = ssd(**c, chunk=16, return_state=True)

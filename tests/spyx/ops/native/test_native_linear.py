@@ -33,8 +33,12 @@ def relative(got, want):
     return np.abs(got - want).max(initial=0) / max(np.abs(want).max(initial=0), 1e-30)
 
 
+def calls(f, *args):
+    return jax.jit(f).lower(*args).as_text().count(TARGET)
+
+
 def uses_kernel(f, *args):
-    return TARGET in jax.jit(f).lower(*args).as_text()
+    return calls(f, *args) > 0
 
 
 def adjoint_oracle(a, x, h0, dh, dh_last, *, reverse=False, reset=None, lengths=None):
@@ -126,7 +130,7 @@ def test_layers_match_the_oracle(T, B, N, masked):
     if masked:
         kwargs = {"reverse": True, "lengths": rng.integers(1, T + 1, B), "reset": rng.random((T, B)) < 0.1}
     run = jax.jit(partial(diagonal_ssm, precision="highest", return_state=True, **kwargs))
-    assert uses_kernel(run, u, *values, h0) == (N >= 16)
+    assert (calls(run, u, *values, h0) > 1) == (N >= 16)  # one call only reserves the outputs
     truth = layer_oracle(u, *values, h0, **kwargs)
     single = layer_oracle(u, *values, h0, **kwargs, **SINGLE)
     for got, want, plain in zip(run(u, *values, h0), truth, single, strict=True):
