@@ -86,7 +86,7 @@ def tanh(k: float = 1) -> Activation:
 
     Source: arXiv:1901.09948.
     """
-    return _Spike(_tanh, numbers=(float(k),))
+    return _Spike(_tanh, numbers=(k,))
 
 
 def _tanh(x: Array, k: float) -> Array:
@@ -102,7 +102,7 @@ def boxcar(width: float = 2, height: float = 0.5) -> Activation:
 
     Source: arXiv:1901.09948.
     """
-    return _Spike(_boxcar, numbers=(float(width), float(height)))
+    return _Spike(_boxcar, numbers=(width, height))
 
 
 def _boxcar(x: Array, width: float, height: float) -> Array:
@@ -117,7 +117,7 @@ def triangular(k: float = 2) -> Activation:
 
     Source: Esser et al. 2016 (arXiv:1603.08270).
     """
-    return _Spike(_triangular, numbers=(float(k),))
+    return _Spike(_triangular, numbers=(k,))
 
 
 def _triangular(x: Array, k: float) -> Array:
@@ -132,7 +132,7 @@ def arctan(k: float = 2) -> Activation:
 
     Source: Fang et al. 2021 (arXiv:2007.05785), scaled by 1 / pi as in spyx 1.0.0.
     """
-    return _Spike(_arctan, numbers=(float(k),))
+    return _Spike(_arctan, numbers=(k,))
 
 
 def _arctan(x: Array, k: float) -> Array:
@@ -147,7 +147,7 @@ def superspike(k: float = 25) -> Activation:
 
     Source: SuperSpike, Zenke and Ganguli 2018 (arXiv:1705.11146).
     """
-    return _Spike(_superspike, numbers=(float(k),))
+    return _Spike(_superspike, numbers=(k,))
 
 
 def _superspike(x: Array, k: float) -> Array:

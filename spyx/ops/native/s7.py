@@ -1,9 +1,9 @@
 """S7 for CPU but for its recurrence: what makes decays and inputs of it, and what makes outputs of its states.
 
-An item is up to `_STEPS` steps of one row. The matrices of a step are made `_BLOCK` columns at a time and used at once.
+An item is up to `STEPS` steps of one row. The matrices of a step are made `_BLOCK` columns at a time and used at once.
 Layouts: x, u, y (B, T, H); what goes through the recurrence (T, B, N). The matrices of a step come from u by
-A (H, N), B (H, H N) with columns [h, n], the bias (H, N), D (H, H): columns of one matrix of rows `_J` apart; and
-C (H, N H) with columns [n, h].
+A (H, N), B (H, H N) with columns [h, n], the bias (H, N), D (H, H), columns of one matrix; and C (H, N H) with columns
+[n, h].
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from spyx.ops.dispatch import native_kernels
 
 DISCRETIZATIONS = ("mamba", "zoh", "bilinear", "dirac")
 OPTIONAL = ("D", "z", "dt_bias", "h0")
-QUICK = (("mamba", False), ("zoh", False), ("zoh", True), ("bilinear", False), ("dirac", True))
+QUICK = (("mamba", False), ("zoh", True), ("bilinear", False))
 """The kernels (discretization, event) that are compiled in every test run."""
 every_kernel = pytest.mark.parametrize(
     ("discretization", "event"),
