@@ -8,6 +8,7 @@ from flax import nnx
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from oracles import s4 as oracle
+from programs import forget_when_many
 
 from compat_torch.models.lti import S4, S4D
 
@@ -56,6 +57,7 @@ def glu(x):
 
 
 def check_definition(cls, kwargs, L, seed):
+    forget_when_many()
     with jax.enable_x64(True):
         layer = cls(**kwargs, param_dtype=jnp.float64, rngs=nnx.Rngs(seed))
         x = jax.random.normal(jax.random.key(seed + 1), (2, L, layer.d_model), jnp.float64)
