@@ -87,9 +87,9 @@ def load_floor(folder: str) -> Callable[[Any, int], Any]:
 
 def load(name: str, folder: str) -> Callable[[Any, int], Any]:
     """`(ids, new) -> ids` of a contestant."""
-    if name in ("ours", FLOOR):
-        return load_ours(folder) if name == "ours" else load_floor(folder)
-    return load_transformers(folder, int(name[-1]))
+    if name == "ours":
+        return load_ours(folder)
+    return load_floor(folder) if name == FLOOR else load_transformers(folder, int(name[-1]))
 
 
 def worker(name: str, folder: str) -> None:

@@ -6,14 +6,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Complex, Float, Int
 
-_MOST_WEIGHTS = 1 << 16
-"""As in `_rglru_native`: more make products that XLA shares out over the cores."""
+from ._rglru_native import MOST_WEIGHTS
 
 
 def fits(x: Float[Array, "T B H"], A_bar: Array, gain: Array, B: Array, C: Array, D: Array, h0: Array | None) -> bool:
     """Whether `forward` takes these values, and gains by it."""
     reals, complexes = (x, D), jax.tree.leaves((A_bar, gain, B, C, h0))
-    few = 0 < B.size + C.size <= _MOST_WEIGHTS // 2
+    few = 0 < B.size + C.size <= MOST_WEIGHTS // 2
     dtypes = all(v.dtype == jnp.float32 for v in reals) and all(v.dtype == jnp.complex64 for v in complexes)
     return few and x.size > 0 and dtypes
 

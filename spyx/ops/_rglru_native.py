@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-_MOST_WEIGHTS = 1 << 16
+MOST_WEIGHTS = 1 << 16
 """More do not stay next to a core through all steps, and make products that XLA shares out over the cores."""
 Affine = tuple[Float[Array, "in out"], Float[Array, " out"] | None]
 
@@ -16,7 +16,7 @@ Affine = tuple[Float[Array, "in out"], Float[Array, " out"] | None]
 def fits(x: Float[Array, "T B H"], projections: Sequence[Affine], *others: Array | None) -> bool:
     """Whether `forward` takes these values, and gains by it."""
     leaves = jax.tree.leaves((x, projections, others))
-    few = sum(matrix.size for matrix, _ in projections) <= _MOST_WEIGHTS
+    few = sum(matrix.size for matrix, _ in projections) <= MOST_WEIGHTS
     return few and x.size > 0 and all(v.dtype == jnp.float32 for v in leaves)
 
 

@@ -37,4 +37,4 @@ def undifferentiated(name: str, plain: Callable[..., Any], native: Callable[...,
         return *pull_back(cotangents), None
 
     call.defvjp(forward, backward)
-    return call
+    return jax.jit(call, static_argnums=0)  # an eager call of a primitive traces its implementation
