@@ -5,10 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from ._selective_step import Masks, Options, Steps, Weights
-
-_MOST_PARTS = 16
-"""Into how many parts at most the channels of a row are cut backward: each has cotangents of b and c of its own."""
+from ._selective_step import Masks, Options, Steps, Weights, chunks
 
 
 def fits(o: Options, steps: Steps, weights: Weights, h0) -> bool:
@@ -24,8 +21,8 @@ def forward_blocked(o: Options, steps: Steps, weights: Weights, masks: Masks, h0
 
     E, _, P = h0.shape
     T = steps.u.shape[0]
-    operands, sizes = _operands(o, steps, weights, masks, h0.shape, 1)
-    results = [_like(steps.u.shape), _like(h0.shape), _like((T // o.chunk, *h0.shape))]
+    operands, sizes = _operands(o, steps, weights, masks, h0.shape)
+    results = [_like(steps.u.shape), _like(h0.shape), _like((chunks(o, T), *h0.shape))]
     items = E * -(-P // selective.WIDTH)
     y, h, starts = invoke(selective.forward[_which(o, steps)], items, sizes, (*operands, h0), results)
     return y.astype(steps.u.dtype), h, starts
@@ -36,24 +33,23 @@ def backward_blocked(o: Options, steps: Steps, weights: Weights, masks: Masks, s
     from .native import selective
     from .native.custom_call import invoke
 
-    (E, N, P), T = dh.shape, steps.u.shape[0]
-    parts = max(1, min(-(-P // selective.WIDTH), -(-_MOST_PARTS // max(1, E))))
-    operands, sizes = _operands(o, steps, weights, masks, dh.shape, parts)
-    wide, summed = _like(steps.u.shape), _like((parts, T, E * N))
-    dt_a, z = (_like((1,)) if v is None else wide for v in (steps.dt_a, steps.z))
-    results = [wide, wide, dt_a, summed, summed, z, _like(dh.shape), _like((E, P)), _like((E, P)), _like(dh.shape)]
-    operands = (*operands, starts, dy.astype(jnp.float32), dh)
-    du, ddt, ddt_a, db, dc, dz, dA, dD, dbias, dh0 = invoke(
-        selective.backward[_which(o, steps)], E * parts, sizes, operands, results
+    E, _, P = dh.shape
+    blocks = -(-P // selective.WIDTH)
+    operands, sizes = _operands(o, steps, weights, masks, dh.shape)
+    wide = [(1,) if v is None else v.shape for v in steps]
+    per_row = [dh.shape, (E, P), (E, P), dh.shape]
+    done = jnp.zeros((E * blocks, 2), jnp.int32)
+    operands = (*operands, starts, dy.astype(jnp.float32), dh, done)
+    results = [*map(_like, (*wide, *per_row)), jax.ShapeDtypeStruct(done.shape, done.dtype)]
+    *cotangents, dA, dD, dbias, dh0, _ = invoke(
+        selective.backward[_which(o, steps)], E * blocks, sizes, operands, results, {len(operands): len(results) - 1}
     )
 
     def over_rows(d, like):
         return None if like is None else d.reshape(-1, like.shape[0]).sum(0)
 
-    dsteps = Steps(du, ddt, ddt_a, db.sum(0), dc.sum(0), dz)
-    dsteps = Steps(*(None if v is None else d.astype(v.dtype) for d, v in zip(dsteps, steps, strict=True)))
     return (
-        dsteps,
+        Steps(*(None if v is None else d.astype(v.dtype) for d, v in zip(cotangents, steps, strict=True))),
         Weights(dA if weights.A.ndim == 3 else dA.sum(0), over_rows(dD, weights.D), over_rows(dbias, weights.dt_bias)),
         dh0,
     )
@@ -67,7 +63,7 @@ def _like(shape):
     return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
-def _operands(o: Options, steps: Steps, weights: Weights, masks: Masks, shape, parts: int):
+def _operands(o: Options, steps: Steps, weights: Weights, masks: Masks, shape):
     """The operands that both kernels share, and the table of sizes."""
     E, N, P = shape
     nothing = jnp.zeros(1, jnp.float32)
@@ -79,7 +75,7 @@ def _operands(o: Options, steps: Steps, weights: Weights, masks: Masks, shape, p
     given = (steps.u, steps.dt, steps.dt_a, steps.B, steps.C, steps.z, weights.A, weights.D, weights.dt_bias)
     operands = [*map(wide, given), *(none if m is None else m for m in masks)]
     sizes = (
-        steps.u.shape[0], E, P, N, o.chunk, _groups(E, P, weights, masks), parts,
+        steps.u.shape[0], E, P, N, o.chunk, _groups(E, P, weights, masks),
         weights.A.shape[0] if weights.A.ndim == 3 else 1, o.reverse, o.softplus,
         weights.D is not None, weights.dt_bias is not None, steps.z is not None,
         *(0 if m is None else m.shape[1] for m in masks),

@@ -1,7 +1,7 @@
 """The selective scan over all steps: forward and backward, in each method, as pure functions.
 
-Symbols and layouts are those of `_selective_step`. Here T is a multiple of `block`, which is one of `chunk` = K,
-except in `sequential`. To put a kernel behind them, match `forward_blocked` and `backward_blocked`.
+Symbols and layouts are those of `_selective_step`; `block` is a multiple of `chunk` = K, T need not be one of either.
+To put a kernel behind them, match `forward_blocked` and `backward_blocked`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from ._selective_step import (
     cleared,
     drive,
     finish,
+    flat,
+    like,
     one_step,
     over_channels,
     prepare,
@@ -32,9 +34,9 @@ from ._selective_step import (
 
 
 def sequential(o: Options, steps: Steps, weights: Weights, masks: Masks, h0):
-    """`(y (T, B * D), last state)`, step by step."""
-    h, y = lax.scan(partial(one_step, o, weights), h0, (steps, masks), reverse=o.reverse)
-    return y, h
+    """`(y, last state)`, step by step; y in the shape of u."""
+    h, y = lax.scan(partial(one_step, o, weights), h0, (flat(steps), masks), reverse=o.reverse)
+    return y.reshape(steps.u.shape), h
 
 
 def split_time(tree, size: int):
@@ -45,8 +47,25 @@ def merge_time(tree):
     return jax.tree.map(lambda v: v.reshape(v.shape[0] * v.shape[1], *v.shape[2:]), tree)
 
 
+def in_blocks(o: Options, steps: Steps, masks: Masks, *others):
+    """Flat arguments, with steps that do nothing at the end for whole blocks: `(steps, masks, *others)`."""
+    T = steps.u.shape[0]
+    steps, others = flat(steps), [v.reshape(T, -1) for v in others]
+    padding = -T % o.block
+    if not padding:
+        return steps, masks, *others
+
+    def pad(v):
+        return jnp.pad(v, [(0, padding)] + [(0, 0)] * (v.ndim - 1))
+
+    valid = jnp.ones((T, 1), bool) if masks.valid is None else masks.valid
+    return jax.tree.map(pad, (steps, masks._replace(valid=valid), *others))
+
+
 def forward_blocked(o: Options, steps: Steps, weights: Weights, masks: Masks, h0):
-    """`(y, last state, starts)`: starts (T / K, E, N, P) are the states before each chunk, in scan direction."""
+    """`(y, last state, starts)`: starts (chunks, E, N, P) are the states before each chunk, in scan direction."""
+    T, *shape = steps.u.shape
+    steps, masks = in_blocks(o, steps, masks)
 
     @jax.checkpoint
     def chunk(h, x):
@@ -54,7 +73,7 @@ def forward_blocked(o: Options, steps: Steps, weights: Weights, masks: Masks, h0
         return last, (y, h)
 
     h, (y, starts) = lax.scan(chunk, h0, split_time((steps, masks), o.chunk), reverse=o.reverse)
-    return merge_time(y), h, starts
+    return merge_time(y)[:T].reshape(T, *shape), h, starts
 
 
 def backward_blocked(o: Options, steps: Steps, weights: Weights, masks: Masks, starts, dy, dh):
@@ -63,8 +82,8 @@ def backward_blocked(o: Options, steps: Steps, weights: Weights, masks: Masks, s
     Chunk by chunk, against the direction of the scan: states of the chunk from the one saved before it, then
     the adjoint recurrence dh_{t-1} = A_bar_t (dh_t + c_t dy_t).
     """
-    A = weights.A
-    K = o.chunk
+    A, K, given = weights.A, o.chunk, steps
+    steps, masks, dy = in_blocks(o, steps, masks, dy)
     index = jnp.arange(K)
     after, before = (0, 1) if o.reverse else (1, 0)
 
@@ -114,7 +133,7 @@ def backward_blocked(o: Options, steps: Steps, weights: Weights, masks: Masks, s
     carry = (dh, (zeros(dh), zeros(weights.D), zeros(weights.dt_bias)), buffer)
     xs = (split_time((steps, masks), K), starts, split_time(dy, K))
     (dh, (dA, dD, dbias), _), dsteps = lax.scan(chunk, carry, xs, reverse=not o.reverse)
-    return merge_time(dsteps), Weights(dA if A.ndim == 3 else dA.sum(0), dD, dbias), dh
+    return like(merge_time(dsteps), given), Weights(dA if A.ndim == 3 else dA.sum(0), dD, dbias), dh
 
 
 def parallel_block(o: Options, weights: Weights, h, x):
@@ -142,13 +161,17 @@ def parallel_block(o: Options, weights: Weights, h, x):
 
 def forward_associative(o: Options, steps: Steps, weights: Weights, masks: Masks, h0):
     """As `forward_blocked`, in parallel inside blocks of `o.block` steps: (block, E, N, P) at a time."""
+    T, *shape = steps.u.shape
+    steps, masks = in_blocks(o, steps, masks)
     block = jax.checkpoint(partial(parallel_block, o, weights))
     h, (y, starts) = lax.scan(block, h0, split_time((steps, masks), o.block), reverse=o.reverse)
-    return merge_time(y), h, merge_time(starts)
+    return merge_time(y)[:T].reshape(T, *shape), h, merge_time(starts)
 
 
 def backward_associative(o: Options, steps: Steps, weights: Weights, masks: Masks, starts, dy, dh):
     """As `backward_blocked`, in parallel inside blocks."""
+    given = steps
+    steps, masks, dy = in_blocks(o, steps, masks, dy)
 
     def block(carry, x):
         dh, dweights = carry
@@ -165,4 +188,4 @@ def backward_associative(o: Options, steps: Steps, weights: Weights, masks: Mask
     xs = (split_time((steps, masks), o.block), starts[count - 1 if o.reverse else 0 :: count])
     zeros = jax.tree.map(jnp.zeros_like, weights)
     (dh, dweights), dsteps = lax.scan(block, (dh, zeros), (*xs, split_time(dy, o.block)), reverse=not o.reverse)
-    return merge_time(dsteps), dweights, dh
+    return like(merge_time(dsteps), given), dweights, dh

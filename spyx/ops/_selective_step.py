@@ -33,7 +33,8 @@ class Options(NamedTuple):
 class Steps(NamedTuple):
     """What varies in time, in the caller's dtypes: u, dt, dt_a, z (T, B * D) and B, C (T, B * G * N).
 
-    Flat, because XLA copies whole arrays to change the layout of axes of length 1.
+    They come in the caller's shapes, with more axes, and cotangents leave in them: XLA copies whole arrays to change
+    the layout of axes of length 1. What loops over time in JAX works on `flat` ones, for the same reason.
     """
 
     u: Any
@@ -42,6 +43,15 @@ class Steps(NamedTuple):
     B: Any
     C: Any
     z: Any
+
+
+def flat(steps: Steps) -> Steps:
+    return jax.tree.map(lambda v: v.reshape(v.shape[0], -1), steps)
+
+
+def like(cotangents: Steps, steps: Steps) -> Steps:
+    """Cotangents of flat steps, perhaps longer ones, as cotangents of `steps`."""
+    return jax.tree.map(lambda d, v: d[: v.shape[0]].astype(v.dtype).reshape(v.shape), cotangents, steps)
 
 
 class Weights(NamedTuple):
@@ -53,10 +63,15 @@ class Weights(NamedTuple):
 
 
 class Masks(NamedTuple):
-    """`valid`, bool (T, B), and `reset`, bool (T, E) or (T, 1); or None."""
+    """`valid`, bool (T, B) or (T, 1), and `reset`, bool (T, E) or (T, 1); or None."""
 
     valid: Any
     reset: Any
+
+
+def chunks(o: Options, T: int) -> int:
+    """How many states are saved for T steps: one before each chunk, in whole blocks."""
+    return -(-T // o.block) * (o.block // o.chunk)
 
 
 class Prepared(NamedTuple):

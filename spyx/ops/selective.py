@@ -25,6 +25,8 @@ Vectors = Float[Array, "T B *G N"] | Complex[Array, "T B *G N"]
 State = Float[Array, "B D N"] | Complex[Array, "B D N"]
 
 _PARALLEL_STEPS = 256
+_LEAST_CHUNK, _CHUNK_STATES = 16, 4096
+"""Steps of a chunk: at least, and times N at most, since the backward pass holds the states of one in the cache."""
 
 
 def selective_scan(
@@ -199,21 +201,15 @@ class _Layout:
         self.dtype = jnp.result_type(self.real, jnp.complex64) if complex_ else self.real
 
     def steps(self, steps: Steps) -> Steps:
-        def flat(v):
-            return None if v is None else v.reshape(*self.leading[:-1], -1)
+        """With as many groups of B and C as the rows have."""
 
         def grouped(v):
+            if self.G == 1:
+                return v
             v = v if v.ndim == len(self.leading) + 2 else v[..., None, :]
-            return flat(jnp.broadcast_to(v, (*self.leading, self.G, self.N)))
+            return jnp.broadcast_to(v, (*self.leading, self.G, self.N))
 
-        return Steps(
-            u=flat(steps.u),
-            dt=flat(steps.dt),
-            dt_a=flat(steps.dt_a),
-            B=grouped(steps.B),
-            C=grouped(steps.C),
-            z=flat(steps.z),
-        )
+        return steps._replace(B=grouped(steps.B), C=grouped(steps.C))
 
     def weights(self, A, D, dt_bias) -> Weights:
         A = A.astype(self.dtype).reshape(self.G, self.channels // self.G, self.N).mT
@@ -232,7 +228,8 @@ class _Layout:
 
 def _chunk_sizes(T: int, N: int) -> tuple[int, int]:
     """Steps between saved states, about sqrt(T) for the least memory, and steps per parallel block."""
-    chunk = min(T, 1 << max(4, min(6 if N <= 16 else 5, isqrt(T).bit_length() - 1)))
+    most = max(_LEAST_CHUNK, min(_CHUNK_STATES // max(1, N), isqrt(T)))
+    chunk = min(T, 1 << most.bit_length() - 1)
     blocks = -(-T // max(_PARALLEL_STEPS, chunk))
     return chunk, -(-T // (blocks * chunk)) * chunk
 
@@ -247,20 +244,13 @@ def _selective_scan(steps, A, D, dt_bias, h0, reset, lengths, *, discretization,
         return jnp.zeros(shape, dtype), layout.state(h0)
     chunk, block = _chunk_sizes(T, layout.N)
     o = Options(discretization, softplus, conj_sym, reverse, method, chunk, block)
-    padding = 0 if method == "sequential" else -T % block
-    steps = jax.tree.map(
-        lambda v: jnp.pad(v, [(0, padding)] + [(0, 0)] * (v.ndim - 1)) if padding else v, layout.steps(steps)
-    )
-    valid = None
-    if lengths is not None or padding:
-        lengths = jnp.full(shape[1], T) if lengths is None else jnp.minimum(lengths, T)
-        valid = jnp.arange(T + padding)[:, None] < lengths
+    valid = None if lengths is None else jnp.arange(T)[:, None] < lengths
     if reset is not None:
-        reset = jnp.pad(reset.reshape(T, -1), [(0, padding), (0, 0)])
+        reset = reset.reshape(T, -1)
         reset = reset if valid is None else reset & valid
         reset = reset if reset.shape[1] == 1 else jnp.repeat(reset, layout.G, axis=1)
-    y, h = _run(o, steps, layout.weights(A, D, dt_bias), Masks(valid, reset), h0)
-    return y[:T].reshape(shape), layout.state(h)
+    y, h = _run(o, layout.steps(steps), layout.weights(A, D, dt_bias), Masks(valid, reset), h0)
+    return y, layout.state(h)
 
 
 @partial(jax.jit, static_argnames=("discretization", "softplus", "conj_sym"))
@@ -268,7 +258,8 @@ def _update(steps, A, D, dt_bias, state, *, discretization, softplus, conj_sym):
     layout = _Layout(steps, A, D, dt_bias, state)
     o = Options(discretization, softplus, conj_sym, False, "sequential", 1, 1)
     weights = layout.weights(A, D, dt_bias)
-    h, y = one_step(o, weights, layout.rows(state), (layout.steps(steps), Masks(None, None)))
+    step = jax.tree.map(jnp.ravel, layout.steps(steps))
+    h, y = one_step(o, weights, layout.rows(state), (step, Masks(None, None)))
     return y.reshape(steps.u.shape), layout.state(h)
 
 

@@ -24,7 +24,7 @@ import numpy as np
 from numba import cfunc, njit, types
 from numba import config as _config
 
-from .memory import add, call, call_with_two, ints, symbol, words
+from .memory import add, address_of, call, call_with_two, ints, symbol, wait_for, words
 
 _TARGET = "spyx_native"
 _SLOTS = 1 << 12
@@ -44,14 +44,8 @@ _compiled: dict[int, Any] = {}
 _kernels = np.zeros(_SLOTS, np.int64)
 
 
-def _address(function: Any) -> int:
-    return ctypes.cast(function, ctypes.c_void_p).value or 0
-
-
-_yield = getattr(ctypes.CDLL(None), "sched_yield", None) if os.name == "posix" else None
-_malloc_address = symbol("spyx_malloc", _address(ctypes.pythonapi.PyMem_RawMalloc))
-_free_address = symbol("spyx_free", _address(ctypes.pythonapi.PyMem_RawFree))
-_yield_address = symbol("spyx_yield", _address(_yield or ctypes.pythonapi.PyThread_get_thread_ident))
+_malloc_address = symbol("spyx_malloc", address_of(ctypes.pythonapi.PyMem_RawMalloc))
+_free_address = symbol("spyx_free", address_of(ctypes.pythonapi.PyMem_RawFree))
 _kernels_address = symbol("spyx_kernels", _kernels.ctypes.data)
 
 
@@ -200,8 +194,7 @@ def _handler(frame_address):
         if call(api[_POOL_SCHEDULE], request) != 0:
             add(shared + 8 * _HOLDERS, -1)
     _work(shared)
-    while add(shared + 8 * _DONE, 0) < items:
-        call(_yield_address(), 0)
+    wait_for(shared + 8 * _DONE, items)
     _release(shared)
     return 0
 

@@ -6,6 +6,8 @@ compiled code is loaded, so that numba can keep the code on disk between process
 
 from __future__ import annotations
 
+import ctypes
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -90,6 +92,22 @@ def symbol(name: str, address: int) -> Any:
         return types.intp(), build
 
     return get
+
+
+def address_of(function: Any) -> int:
+    """The address of a C function."""
+    return ctypes.cast(function, ctypes.c_void_p).value or 0
+
+
+_yield = getattr(ctypes.CDLL(None), "sched_yield", None) if os.name == "posix" else None
+_yield_address = symbol("spyx_yield", address_of(_yield or ctypes.pythonapi.PyThread_get_thread_ident))
+
+
+@njit
+def wait_for(address, count):
+    """Return when the word at an address is at least `count`; other threads may run meanwhile."""
+    while add(address, 0) < count:
+        call(_yield_address(), 0)
 
 
 @njit

@@ -1,11 +1,14 @@
 """The selective scan of `spyx.ops.selective` for CPU: forward and backward, float32, real A.
 
 There is a kernel for each discretization, with and without a step size of its own for A (`event`), compiled when
-first used. An item is one row e of E = B * G and `WIDTH` of its P channels (backward: a part of them, `WIDTH` at a
-time); the state of so many channels stays in the cache nearest to the core. Arrays are flat; layouts as in
-`spyx.ops._selective_step`: u, dt, dt_a, z, y (T, E P), b, c (T, E N), A (N, P) or (E, N, P), states (E, N, P), the
-states before each chunk of K steps (T / K, E, N, P), D and dt_bias (G P), valid (T, B), reset (T, E) or (T, 1). What is
-absent is one element that is never read; the table of sizes says so.
+first used. An item is one row e of E = B * G and `WIDTH` of its P channels; the state of so many channels stays in the
+cache nearest to the core. Arrays are flat; layouts as in `spyx.ops._selective_step`: u, dt, dt_a, z, y (T, E P), b, c
+(T, E N), A (N, P) or (E, N, P), states (E, N, P), the states before each chunk of K steps (ceil(T / K), E, N, P), D and
+dt_bias (G P), valid (T, B), reset (T, E) or (T, 1). What is absent is one element that is never read; the
+table of sizes says so.
+
+All items of a row add to the same cotangents of b and c, in the order of their channels, each some steps behind the
+one before it: the sums are the same on any number of threads, and no item keeps sums of its own.
 """
 
 from __future__ import annotations
@@ -18,17 +21,19 @@ from numba import njit
 from .activations import sigmoid, softplus
 from .custom_call import kernel
 from .discretize import BILINEAR, KINDS, MAMBA, ZOH, common, decay, decay_slope, gain_slopes, rate, respond
-from .memory import flags, floats, ints, prefetch, words
+from .memory import add, flags, floats, ints, prefetch, wait_for, words
 
 WIDTH = 64
 _AHEAD = 4
 """Steps between asking for a row and reading it: rows lie too far apart for the hardware to guess."""
+_GROUP = 8
+"""Steps after which an item tells the next one how far it has come."""
 _one = np.float32(1)
 
 # The table, after the kernel's number and the number of items.
-_T, _E, _P, _N, _K, _G, _PARTS, _A_ROWS, _REVERSE, _SOFTPLUS = range(2, 12)
-_HAS_D, _HAS_BIAS, _HAS_Z, _VALID_ROWS, _RESET_ROWS = range(12, 17)
-_SIZES = 17
+_T, _E, _P, _N, _K, _G, _A_ROWS, _REVERSE, _SOFTPLUS = range(2, 11)
+_HAS_D, _HAS_BIAS, _HAS_Z, _VALID_ROWS, _RESET_ROWS = range(11, 16)
+_SIZES = 16
 
 
 @njit
@@ -120,7 +125,7 @@ def _forward(kind: int, event: bool):
         for i in range(T):
             t = T - 1 - i if table[_REVERSE] else i
             here = (t * E + e) * P + first
-            if i % K == 0:
+            if i == 0 or t % K == (K - 1 if table[_REVERSE] else 0):
                 for n in range(N):
                     _store(at[15], ((t // K * E + e) * N + n) * P + first, h[n], width)
             if _skipped(table, valid, t, e):
@@ -168,22 +173,24 @@ def _forward(kind: int, event: bool):
 def _backward(kind: int, event: bool):
     """The adjoint of `forward`, chunk by chunk against the direction of the scan, states recomputed in each.
 
-    Operands: table, u, dt, dt_a, b, c, z, A, D, dt_bias, valid, reset, starts, dy, dh. Results, cotangents: u, dt,
-    dt_a, b and c of each part (parts, T, E N), z, A by row (E, N, P), D and dt_bias by row (E, P), h0.
+    Operands: table, u, dt, dt_a, b, c, z, A, D, dt_bias, valid, reset, starts, dy, dh, zeros. Results,
+    cotangents: u, dt, dt_a, b, c, z, A by row (E, N, P), D and dt_bias by row (E, P), h0; and, in place of the zeros,
+    (E, blocks) words, the steps that each item has done.
     """
     gain_varies = kind in (ZOH, BILINEAR)
 
     def backward(item, buffers):
-        at = words(buffers, 25)
+        at = words(buffers, 27)
         table = ints(at[0], _SIZES)
-        T, E, P, N, K, group, parts = (
-            table[_T], table[_E], table[_P], table[_N], table[_K], table[_G], table[_PARTS]
-        )  # fmt: skip
-        e, part, blocks = item // parts, item % parts, (P + WIDTH - 1) // WIDTH
+        T, E, P, N, K, group = table[_T], table[_E], table[_P], table[_N], table[_K], table[_G]
+        e, block, blocks = item % E, item // E, (P + WIDTH - 1) // WIDTH
+        first, done = block * WIDTH, at[26] + 8 * (e * blocks + block)
+        width = min(WIDTH, P - first)
         row_of_A = e if table[_A_ROWS] > 1 else 0
         valid, reset = flags(at[10], T * table[_VALID_ROWS]), flags(at[11], T * table[_RESET_ROWS])
 
-        states, keys = np.zeros((K + 1, N, WIDTH), np.float32), np.zeros((K, N, WIDTH), np.float32)
+        states, keys = np.empty((K + 1, N, WIDTH), np.float32), np.empty((K, N, WIDTH), np.float32)
+        states[0] = 0
         us, raws = np.zeros((K, WIDTH), np.float32), np.zeros((K, WIDTH), np.float32)
         dts, ys = np.zeros((K, WIDTH), np.float32), np.zeros((K, WIDTH), np.float32)
         steps = np.zeros((K, WIDTH), np.float32) if event else dts
@@ -195,82 +202,83 @@ def _backward(kind: int, event: bool):
         g, change, nothing = local[10], local[11], local[12]
         rest, slope, slope_A = local[13], local[14], local[15]
 
-        first_block, end_block = part * blocks // parts, (part + 1) * blocks // parts
-        for block in range(first_block, end_block):
-            first = block * WIDTH
-            width = min(WIDTH, P - first)
-            a[:], dh[:], da[:], local[:], us[:], raws[:], states[:], steps[:] = 0, 0, 0, 0, 0, 0, 0, 0
+        for n in range(N):
+            _load(a[n], at[7], (row_of_A * N + n) * P + first, width)
+            for p in range(WIDTH):
+                rates[n, p] = rate(kind, a[n, p])
+            _load(dh[n], at[14], (e * N + n) * P + first, width)
+        if table[_HAS_D]:
+            _load(D, at[8], e % group * P + first, width)
+        if table[_HAS_BIAS]:
+            _load(bias, at[9], e % group * P + first, width)
+
+        chunks, finished = (T + K - 1) // K, 0
+        for k in range(chunks):
+            chunk = k if table[_REVERSE] else chunks - 1 - k
+            count = min(K, T - chunk * K)
             for n in range(N):
-                _load(a[n], at[7], (row_of_A * N + n) * P + first, width)
+                _load(states[0, n], at[12], ((chunk * E + e) * N + n) * P + first, width)
+            for j in range(count):
+                t = chunk * K + (count - 1 - j if table[_REVERSE] else j)
+                here = (t * E + e) * P + first
+                if _skipped(table, valid, t, e):
+                    states[j + 1] = states[j]
+                    continue
+                _ask_ahead(at[1], here, table, width)
+                _ask_ahead(at[2], here, table, width)
+                _load(us[j], at[1], here, width)
+                _load(raws[j], at[2], here, width)
+                if event:
+                    _ask_ahead(at[3], here, table, width)
+                    _load(steps[j], at[3], here, width)
                 for p in range(WIDTH):
-                    rates[n, p] = rate(kind, a[n, p])
-                _load(dh[n], at[14], (e * N + n) * P + first, width)
-            if table[_HAS_D]:
-                _load(D, at[8], e % group * P + first, width)
-            if table[_HAS_BIAS]:
-                _load(bias, at[9], e % group * P + first, width)
-
-            for k in range(T // K):
-                chunk = k if table[_REVERSE] else T // K - 1 - k
+                    raws[j, p] += bias[p]
+                if table[_SOFTPLUS]:
+                    for p in range(WIDTH):
+                        dts[j, p] = softplus(raws[j, p])
+                else:
+                    dts[j] = raws[j]
+                for p in range(WIDTH):
+                    drive[p] = common(kind, dts[j, p]) * us[j, p]
+                for p in range(WIDTH):
+                    ys[j, p] = D[p] * us[j, p]
+                b, c = floats(at[4] + 4 * (t * E + e) * N, N), floats(at[5] + 4 * (t * E + e) * N, N)
+                cleared = _cleared(table, reset, t, e)
                 for n in range(N):
-                    _load(states[0, n], at[12], ((chunk * E + e) * N + n) * P + first, width)
-                for j in range(K):
-                    t = chunk * K + (K - 1 - j if table[_REVERSE] else j)
-                    here = (t * E + e) * P + first
-                    if _skipped(table, valid, t, e):
-                        states[j + 1] = states[j]
-                        continue
-                    _ask_ahead(at[1], here, table, width)
-                    _ask_ahead(at[2], here, table, width)
-                    _load(us[j], at[1], here, width)
-                    _load(raws[j], at[2], here, width)
-                    if event:
-                        _ask_ahead(at[3], here, table, width)
-                        _load(steps[j], at[3], here, width)
                     for p in range(WIDTH):
-                        raws[j, p] += bias[p]
-                    if table[_SOFTPLUS]:
+                        keys[j, n, p], factor = respond(kind, steps[j, p], rates[n, p])
+                        if gain_varies:
+                            rest[p] = respond(kind, dts[j, p], rates[n, p])[1] if event else factor
+                    if cleared:
                         for p in range(WIDTH):
-                            dts[j, p] = softplus(raws[j, p])
+                            states[j + 1, n, p] = drive[p] * b[n] * (rest[p] if gain_varies else _one)
                     else:
-                        dts[j] = raws[j]
-                    for p in range(WIDTH):
-                        drive[p] = common(kind, dts[j, p]) * us[j, p]
-                    for p in range(WIDTH):
-                        ys[j, p] = D[p] * us[j, p]
-                    b, c = floats(at[4] + 4 * (t * E + e) * N, N), floats(at[5] + 4 * (t * E + e) * N, N)
-                    cleared = _cleared(table, reset, t, e)
-                    for n in range(N):
                         for p in range(WIDTH):
-                            keys[j, n, p], factor = respond(kind, steps[j, p], rates[n, p])
-                            if gain_varies:
-                                rest[p] = respond(kind, dts[j, p], rates[n, p])[1] if event else factor
-                        if cleared:
-                            for p in range(WIDTH):
-                                states[j + 1, n, p] = drive[p] * b[n] * (rest[p] if gain_varies else _one)
-                        else:
-                            for p in range(WIDTH):
-                                kept = decay(kind, keys[j, n, p], steps[j, p], rates[n, p]) * states[j, n, p]
-                                states[j + 1, n, p] = kept + drive[p] * b[n] * (rest[p] if gain_varies else _one)
-                        for p in range(WIDTH):
-                            ys[j, p] += states[j + 1, n, p] * c[n]
+                            kept = decay(kind, keys[j, n, p], steps[j, p], rates[n, p]) * states[j, n, p]
+                            states[j + 1, n, p] = kept + drive[p] * b[n] * (rest[p] if gain_varies else _one)
+                    for p in range(WIDTH):
+                        ys[j, p] += states[j + 1, n, p] * c[n]
 
-                for i in range(K):
-                    j = K - 1 - i
+            for begin in range(0, count, _GROUP):
+                end = min(begin + _GROUP, count)
+                finished += end - begin
+                if block > 0:
+                    wait_for(done - 8, finished)
+                for i in range(begin, end):
+                    j = count - 1 - i
                     t = chunk * K + (i if table[_REVERSE] else j)
                     here = (t * E + e) * P + first
-                    summed = 4 * ((part * T + t) * E + e) * N
-                    db, dc = floats(at[18] + summed, N), floats(at[19] + summed, N)
-                    if block == first_block:
+                    db, dc = floats(at[19] + 4 * (t * E + e) * N, N), floats(at[20] + 4 * (t * E + e) * N, N)
+                    if block == 0:
                         db[:], dc[:] = 0, 0
                     by_drive[:], by_dt[:], by_step[:] = 0, 0, 0
                     if _skipped(table, valid, t, e):
-                        _store(at[15], here, nothing, width)
                         _store(at[16], here, nothing, width)
+                        _store(at[17], here, nothing, width)
                         if event:
-                            _store(at[17], here, nothing, width)
+                            _store(at[18], here, nothing, width)
                         if table[_HAS_Z]:
-                            _store(at[20], here, nothing, width)
+                            _store(at[21], here, nothing, width)
                         continue
                     _ask_behind(at[13], here, table, width)
                     _load(dy, at[13], here, width)
@@ -281,7 +289,7 @@ def _backward(kind: int, event: bool):
                             s = sigmoid(z[p])
                             g[p] = dy[p] * ys[j, p] * s * (_one + z[p] * (_one - s))
                             z[p] = z[p] * s
-                        _store(at[20], here, g, width)
+                        _store(at[21], here, g, width)
                         for p in range(WIDTH):
                             dy[p] *= z[p]
                     for p in range(WIDTH):
@@ -324,7 +332,7 @@ def _backward(kind: int, event: bool):
                     for p in range(WIDTH):
                         by_dt[p] *= us[j, p]
                     if event:
-                        _store(at[17], here, by_step, width)
+                        _store(at[18], here, by_step, width)
                     else:
                         for p in range(WIDTH):
                             by_dt[p] += by_step[p]
@@ -335,14 +343,15 @@ def _backward(kind: int, event: bool):
                         dbias[p] += by_dt[p]
                     for p in range(WIDTH):
                         by_drive[p] = common(kind, dts[j, p]) * by_drive[p] + dy[p] * D[p]
-                    _store(at[15], here, by_drive, width)
-                    _store(at[16], here, by_dt, width)
+                    _store(at[16], here, by_drive, width)
+                    _store(at[17], here, by_dt, width)
+                add(done, end - begin)
 
-            for n in range(N):
-                _store(at[21], (e * N + n) * P + first, da[n], width)
-                _store(at[24], (e * N + n) * P + first, dh[n], width)
-            _store(at[22], e * P + first, dD, width)
-            _store(at[23], e * P + first, dbias, width)
+        for n in range(N):
+            _store(at[22], (e * N + n) * P + first, da[n], width)
+            _store(at[25], (e * N + n) * P + first, dh[n], width)
+        _store(at[23], e * P + first, dD, width)
+        _store(at[24], e * P + first, dbias, width)
 
     return backward
 

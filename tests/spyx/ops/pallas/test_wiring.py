@@ -232,19 +232,23 @@ def test_the_dual_kernels_under_vmap(platform):
 
 
 @pytest.mark.parametrize("kernels", [tpu, gpu], ids=["tpu", "gpu"])
-@pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("discretization", ["mamba", "zoh"])
-def test_the_selective_kernels_stand_in_for_the_plain_form(kernels, reverse, discretization):
-    """Bias, softplus, gate, feedthrough, lengths and resets around the kernels, values and cotangents."""
-    T, chunk = 16, 8
+@pytest.mark.parametrize(
+    ("discretization", "reverse", "gated"),
+    [("mamba", False, True), ("mamba", True, False), ("zoh", False, False), ("zoh", True, True)],
+)
+def test_the_selective_kernels_stand_in_for_the_plain_form(kernels, reverse, discretization, gated, monkeypatch):
+    """Bias, softplus, gate, feedthrough, lengths and resets around the kernels, values and cotangents; steps that are
+    no whole blocks, and states saved further apart than the kernels' own chunks."""
+    T, chunk, block = 27, 16, 32
+    monkeypatch.setattr(_selective_kernels, "_CHUNK_STATES", 8 * N)
     names = ("selective_scan_forward", "selective_scan_backward")
     run = types.SimpleNamespace(**{name: partial(getattr(kernels, name), interpret=True) for name in names})
     run.selective_scan_fits = kernels.selective_scan_fits
-    options = Options(discretization, True, False, reverse, "auto", chunk, T)
+    options = Options(discretization, True, False, reverse, "auto", chunk, block)
     flat = (noise(T, BATCH * WIDTH, seed=i) for i in range(3))
     vectors = (noise(T, BATCH * N, seed=i) for i in (3, 4))
     u, dt, z = flat
-    steps = Steps(u, dt, None, *vectors, z)
+    steps = Steps(u, dt, None, *vectors, z if gated else None)
     weights = Weights(-jnp.exp(noise(N, WIDTH)), noise(WIDTH), noise(WIDTH, seed=7))
     masks = Masks(jnp.arange(T)[:, None] < jnp.array([T, 11]), jnp.zeros((T, BATCH), bool).at[5, 1].set(True))
     h0 = noise(BATCH, N, WIDTH, seed=8)
