@@ -7,12 +7,14 @@ x, y (B, T, H); matrices (inner, columns), with a row of biases each; taps (K, D
 from __future__ import annotations
 
 import numpy as np
+from numba import njit
 
 from .activations import LOG2_E, exp2_and_slope, sigmoid, softplus
 from .custom_call import kernel
 from .gelu import gelu
 from .memory import floats, ints, words
 from .products import multiply
+from .vectors import WIDTH, put, take
 
 _STEPS = 48
 """A multiple of the rows that `multiply` takes at a time."""
@@ -22,6 +24,31 @@ _TINY = np.finfo(np.float32).tiny
 # The table, after the kernel's number and the number of items.
 _T, _H, _D, _K = range(2, 6)
 _SIZES = 6
+
+
+@njit
+def _convolve(to, rows, taps, bias, steps, D, K):
+    """The causal convolution of (K + steps, D), K of them before the first step, per column."""
+    for first in range(0, 4 * D, 4 * WIDTH):
+        width = min(WIDTH, D - first // 4)
+        begin = take(bias + first, width)
+        for j in range(steps):
+            total = begin
+            for k in range(K):
+                total = total + take(taps + 4 * k * D + first, width) * take(rows + 4 * (j + 1 + k) * D + first, width)
+            put(to + 4 * j * D + first, total, width)
+
+
+@njit
+def _recur(to, decays, h, steps, D):
+    """h = a h + x through the steps, per column: in place of the x at `to`, and of the h before it."""
+    for first in range(0, 4 * D, 4 * WIDTH):
+        width = min(WIDTH, D - first // 4)
+        state = take(h + first, width)
+        for j in range(first, first + 4 * steps * D, 4 * D):
+            state = take(decays + j, width) * state + take(to + j, width)
+            put(to + j, state, width)
+        put(h + first, state, width)
 
 
 @kernel
@@ -34,13 +61,15 @@ def forward(item, buffers):
     T, H, D, K = table[_T], table[_H], table[_D], table[_K]
     length = min(max(ints(at[2], item + 1)[item], 0), T)
     rows = np.zeros((K + _STEPS, D), np.float32)
-    us, rs = np.zeros((_STEPS, D), np.float32), np.zeros((_STEPS, D), np.float32)
-    inputs, gates = np.zeros((_STEPS, D), np.float32), np.zeros((_STEPS, D), np.float32)
-    h, decay = np.zeros(D, np.float32), np.zeros(D, np.float32)
-    taps, bias, a_log = floats(at[13], K * D), floats(at[14], D), floats(at[15], D)
+    us, rs = np.zeros(_STEPS * D, np.float32), np.zeros(_STEPS * D, np.float32)
+    inputs, gates = np.zeros(_STEPS * D, np.float32), np.zeros(_STEPS * D, np.float32)
+    h, rates = np.zeros(D, np.float32), np.zeros(_STEPS * D, np.float32)
+    a_log = floats(at[15], D)
     before, h0 = floats(at[17] + 4 * item * K * D, K * D), floats(at[18] + 4 * item * D, D)
     for p in range(D):
-        decay[p] = -floats(at[16], 1)[0] * softplus(-a_log[p]) * LOG2_E
+        rate = -floats(at[16], 1)[0] * softplus(-a_log[p]) * LOG2_E
+        for j in range(_STEPS):
+            rates[j * D + p] = rate
         h[p] = h0[p]
     for k in range(K):
         for p in range(D):
@@ -51,22 +80,19 @@ def forward(item, buffers):
         x, y = at[1] + 4 * (item * T + start) * H, at[19] + 4 * (item * T + start) * H
         multiply(rows.ctypes.data + 4 * K * D, D, x, H, steps, at[5], D, H, D, at[6])
         multiply(gates.ctypes.data, D, x, H, steps, at[3], D, H, D, at[4])
-        for j in range(steps):
-            for p in range(D):
-                us[j, p] = bias[p]
-            for k in range(K):
-                for p in range(D):
-                    us[j, p] += taps[k * D + p] * rows[j + 1 + k, p]
+        _convolve(us.ctypes.data, rows.ctypes.data, at[13], at[14], steps, D, K)
         multiply(rs.ctypes.data, D, us.ctypes.data, D, steps, at[7], D, D, D, at[8])
         multiply(inputs.ctypes.data, D, us.ctypes.data, D, steps, at[9], D, D, D, at[10])
-        for j in range(steps):
-            for p in range(D):
-                log2_a = decay[p] * sigmoid(rs[j, p])
-                a, slope = exp2_and_slope(log2_a)
-                rest = -log2_a * slope if log2_a > _f(-0.5) else _f(1) - a
-                scale = np.sqrt(max(rest * (_f(1) + a), _TINY))
-                h[p] = a * h[p] + scale * sigmoid(inputs[j, p]) * us[j, p]
-                gates[j, p] = gelu(gates[j, p]) * h[p]
+        for i in range(steps * D):
+            log2_a = rates[i] * sigmoid(rs[i])
+            decay, slope = exp2_and_slope(log2_a)
+            rest = -log2_a * slope if log2_a > _f(-0.5) else _f(1) - decay
+            scale = np.sqrt(max(rest * (_f(1) + decay), _TINY))
+            us[i] *= scale * sigmoid(inputs[i])
+            rs[i] = decay
+        _recur(us.ctypes.data, rs.ctypes.data, h.ctypes.data, steps, D)
+        for i in range(steps * D):
+            gates[i] = gelu(gates[i]) * us[i]
         multiply(y, H, gates.ctypes.data, D, steps, at[11], H, D, H, at[12])
         for k in range(K):
             for p in range(D):
