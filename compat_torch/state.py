@@ -103,7 +103,17 @@ class Entry:
 
 
 def entries(module: nnx.Module, path: tuple[str, ...] = ()) -> Iterator[Entry]:
-    """Every parameter and buffer of the module under each of its names, in order of definition."""
+    """Every parameter and buffer of the module under each of its names, in order of definition.
+
+    Raises:
+        CheckpointError: a layer with rounded weights, which are no parameters.
+    """
+    quantization = getattr(module, "quantization", None)
+    if quantization is not None and quantization.mode == "ptq":
+        raise CheckpointError(
+            f"{'.'.join(path) or type(module).__name__} holds rounded weights ({quantization.weight}), for which a "
+            "state_dict has no names: save the float model, or nnx.state(model) (see spyx.quant.quantize)"
+        )
     for name, value in vars(module).items():
         if name.startswith("_"):
             continue

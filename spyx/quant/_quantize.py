@@ -14,8 +14,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from ..ssm._diagonal import DiagonalSSM
-from ._rounding import Grid, Mode, RoundedInput, RoundedParam, round_weight, training_provider
-from ._rules import PROJECTION, linear_only_rules, require_qwix
+from ._rounding import Grid, Mode, RoundedInput, RoundedParam, round_weight, storing_provider, training_provider
+from ._rules import PROJECTION, check_rule, linear_only_rules, require_qwix
 
 Path = tuple[Any, ...]
 
@@ -41,6 +41,10 @@ def quantize(
     The model is traced once, to learn which layers are called; nothing is computed. A layer quantised before, by "qat",
     is quantised anew.
 
+    Save `nnx.state` of the result, with Orbax for instance, and put it back by `nnx.update` into a model quantised by
+    the same rules, which may be abstract: `nnx.eval_shape(lambda: quantize(Model(...), x, mode="ptq"))`. Pickle does
+    not take it: qwix makes the classes of quantised layers as it goes.
+
     Args:
         model: any Flax NNX module.
         example_inputs, example_kwargs: what to trace it with.
@@ -56,14 +60,19 @@ def quantize(
     Raises:
         ImportError: without qwix.
         ValueError: a rule that matches nothing (the message lists what it could match), a layer too narrow for the
-            tiles of its format, unknown mode, a model whose weights are already rounded.
+            tiles of its format, unknown mode, a model whose weights are already rounded; "ptq" of a model without
+            weights (from `nnx.eval_shape`).
+        TypeError: a model that is no module, rules or methods of another type, rules among the example inputs.
     """
-    require_qwix()
+    kind = require_qwix().QuantizationRule
+    if not isinstance(model, nnx.Module):
+        raise TypeError(f"model must be an nnx.Module, got {type(model).__name__}")
     if mode not in ("qat", "ptq"):
         raise ValueError(f"mode must be 'qat' or 'ptq', got {mode!r}")
-    if not methods:
-        raise ValueError("methods must name at least one method to trace with the example inputs, got none")
-    rules = linear_only_rules() if rules is None else list(rules)
+    _check_methods(model, methods)
+    if any(isinstance(leaf, kind) for leaf in jax.tree.leaves(example_inputs)):
+        raise TypeError("example_inputs hold a QuantizationRule: rules are given by name, rules=...")
+    rules = linear_only_rules() if rules is None else _checked(rules, kind)
     model = nnx.clone(model)
     layers = list(_layers(model))
     for path, layer, _ in layers:
@@ -77,6 +86,8 @@ def quantize(
         if rule is None or rule.weight_qtype is None:
             continue
         _check_tile(rule, path, layer, op)
+        if mode == "ptq":
+            _check_weights(path, layer, inputs.get(path))
         if op == PROJECTION:
             if rule.act_qtype is not None:
                 raise ValueError(f"{_name(path, layer)}: only the weights of a projection are quantised, not its input")
@@ -96,6 +107,25 @@ class Quantization(NamedTuple):
     mode: Mode
     weight: DTypeLike
     act: DTypeLike | None
+
+
+def _check_methods(model: nnx.Module, methods: Sequence[str]) -> None:
+    if isinstance(methods, str):
+        raise TypeError(f"methods must be a sequence of names, got {methods!r}: write ({methods!r},)")
+    if not methods:
+        raise ValueError("methods must name at least one method to trace with the example inputs, got none")
+    for name in methods:
+        if not callable(getattr(model, name, None)):
+            raise ValueError(f"methods: {type(model).__name__} has no method {name!r}")
+
+
+def _checked(rules: Any, kind: type) -> list[Any]:
+    found = list(rules) if isinstance(rules, Iterable) else [None]
+    if not all(isinstance(rule, kind) for rule in found):
+        raise TypeError(f"rules must be a list of qwix.QuantizationRule (see spyx.quant), got {rules!r}")
+    for rule in found:
+        check_rule(rule)
+    return found
 
 
 def _layers(model: nnx.Module) -> Iterator[tuple[Path, Any, str]]:
@@ -133,8 +163,29 @@ def _restore(path: Path, layer: Any) -> None:
             delattr(layer, name)
 
 
-def _called(model, methods, args, kwargs) -> dict[Path, tuple[jax.ShapeDtypeStruct, ...]]:
-    """The shapes of the first inputs of every layer that is called; nothing is computed."""
+class Inputs(NamedTuple):
+    """What a layer is called with, arrays as `jax.ShapeDtypeStruct`, and the shape of its kernel at the time."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    kernel: tuple[int, ...]
+
+    @classmethod
+    def of(cls, layer, args, kwargs) -> Inputs:
+        def abstract(x):
+            return jax.ShapeDtypeStruct(x.shape, x.dtype) if isinstance(x, jax.Array | np.ndarray) else x
+
+        return cls(jax.tree.map(abstract, args), jax.tree.map(abstract, kwargs), layer.kernel.shape)
+
+    def zeros(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        def zero(x):
+            return jnp.zeros([max(n, 1) for n in x.shape], x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else x
+
+        return jax.tree.map(zero, (self.args, self.kwargs))
+
+
+def _called(model, methods, args, kwargs) -> dict[Path, Inputs]:
+    """The first inputs of every layer that is called; nothing is computed."""
     probe, seen = nnx.clone(model), {}
     for path, layer, op in list(_layers(probe)):
         if op != PROJECTION:
@@ -154,7 +205,7 @@ def _called(model, methods, args, kwargs) -> dict[Path, tuple[jax.ShapeDtypeStru
 
 def _recording(cls: type, path: Path, seen: dict) -> type:
     def call(self, *args, **kwargs):
-        seen.setdefault(path, tuple(jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)) for x in args))
+        seen.setdefault(path, Inputs.of(self, args, kwargs))
         return cls.__call__(self, *args, **kwargs)
 
     return type(cls.__name__, (cls,), {"__call__": call})
@@ -200,11 +251,28 @@ def _check_tile(rule, path: Path, layer: Any, op: str) -> None:
         )
     widths = {"B": layer.d_model, "C": layer.d_state} if op == PROJECTION else {"in_features": _width(layer)}
     for axis, width in widths.items():
-        if isinstance(tile, int) and width is not None and width % tile:
+        if width is None:
+            continue
+        shared = tile if isinstance(tile, int) else round(width * tile)
+        if not shared or width % shared:
             raise ValueError(
-                f"{name}: {rule.weight_qtype!r} shares a scale among {tile} inputs, and {width} ({axis}) is no "
-                "multiple of that: take another format for this layer, or leave it out by module_path"
+                f"{name}: {rule.weight_qtype!r} shares a scale among {shared} inputs, and {width} ({axis}) is no "
+                "multiple of that: take another format for this layer, or leave it out by module_path, or by "
+                f"rules=[qwix.QuantizationRule(module_path={'/'.join(map(str, path))!r}), ...] first"
             )
+
+
+def _check_weights(path: Path, layer: Any, inputs: Inputs | None) -> None:
+    if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(nnx.state(layer))):
+        raise ValueError(
+            f"{_name(path, layer)} has shapes but no weights for 'ptq' to round: quantise the loaded model, or call "
+            'quantize inside, nnx.eval_shape(lambda: quantize(Model(...), x, mode="ptq")), and put rounded weights in'
+        )
+    if inputs is not None and inputs.kernel != layer.kernel.shape:
+        raise ValueError(
+            f"{_name(path, layer)} holds weights {layer.kernel.shape} and is called with {inputs.kernel}, by nnx.scan "
+            "or nnx.vmap: 'ptq' has no weights of stacked layers; take mode='qat', or layers that are not stacked"
+        )
 
 
 def _width(layer: Any) -> int | None:
@@ -212,17 +280,17 @@ def _width(layer: Any) -> int | None:
     return width[-1] if isinstance(width, tuple) else width
 
 
-def _intercept(layer: Any, rule, mode: Mode, inputs, path: Path) -> None:
+def _intercept(layer: Any, rule, mode: Mode, inputs: Inputs, path: Path) -> None:
     """Let qwix compute the layer, in place."""
     qwix = require_qwix()
     rule = dataclasses.replace(rule, module_path=".*", op_names=())
     if mode == "ptq":
-        provider = qwix.PtqProvider([rule])
+        provider = storing_provider()([rule])
     else:
         provider = (qwix.QtProvider if rule.act_static_scale else training_provider())([rule])
     idle = mode == "qat" and not rule.act_static_scale
-    zeros = [jnp.zeros(x.shape, x.dtype) for x in inputs]
-    quantized = qwix.quantize_model(layer, provider, *zeros, skip_nnx_init=idle)
+    args, kwargs = inputs.zeros()
+    quantized = qwix.quantize_model(layer, provider, *args, skip_nnx_init=idle, **kwargs)
     for name, value in vars(quantized).items():
         kept = isinstance(value, nnx.Variable) and isinstance(getattr(layer, name, None), nnx.Variable)
         if not kept and not name.startswith("_"):

@@ -60,15 +60,18 @@ def report(model: nnx.Module, qmodel: nnx.Module) -> Report:
     """Types, bits and bytes of the parameters of a model before and after `quantize`.
 
     Bytes are those of the arrays stored, types below 8 bits counted as packed (on a CPU, JAX gives each a byte):
-    "qat" keeps float weights, so it saves nothing yet. qwix stores "int2" in 4 bits.
+    "qat" keeps float weights, so it saves nothing yet. qwix stores "int2" and "int3" in 4 bits, "int5" to "int7" in 8.
 
     Args:
         model: the float model.
         qmodel: what `quantize` made of it.
 
     Raises:
-        ValueError: the models have different modules.
+        TypeError: not modules. ValueError: the models have different modules.
     """
+    for name, module in (("model", model), ("qmodel", qmodel)):
+        if not isinstance(module, nnx.Module):
+            raise TypeError(f"{name} must be an nnx.Module, got {type(module).__name__}")
     before, after = _owned(model), _owned(qmodel)
     if before.keys() != after.keys():
         different = sorted("/".join(map(str, path)) for path in before.keys() ^ after.keys())

@@ -17,12 +17,44 @@ from ._rules import require_qwix
 Mode = Literal["qat", "ptq"]
 
 
+def _with_any_rows(base: type) -> type:
+    """A provider of qwix that gives outputs without rows too: qwix divides by their number."""
+
+    class Provider(base):
+        def dot_general(self, lhs, rhs, *args, **kwargs):
+            return _any_rows(jax.lax.dot_general, super().dot_general, lhs, rhs, *args, **kwargs)
+
+        def einsum(self, einsum_str, lhs, rhs, **kwargs):
+            def of(einsum):
+                return lambda lhs, rhs, **kwargs: einsum(einsum_str, lhs, rhs, **kwargs)
+
+            return _any_rows(of(jnp.einsum), of(super().einsum), lhs, rhs, **kwargs)
+
+        def conv_general_dilated(self, lhs, rhs, *args, **kwargs):
+            return _any_rows(jax.lax.conv_general_dilated, super().conv_general_dilated, lhs, rhs, *args, **kwargs)
+
+    return Provider
+
+
+def _any_rows(exact: Callable, rounded: Callable, lhs: jax.Array, rhs: Any, *args: Any, **kwargs: Any) -> jax.Array:
+    weight = jax.ShapeDtypeStruct(rhs.shape, lhs.dtype)
+    shape = jax.eval_shape(lambda lhs, rhs: exact(lhs, rhs, *args, **kwargs), lhs, weight).shape
+    if 0 in shape:
+        return jnp.zeros(shape, jnp.result_type(lhs.dtype, rhs.dtype))
+    return rounded(lhs, rhs, *args, **kwargs)
+
+
+@functools.cache
+def storing_provider() -> type:
+    """qwix's provider for "ptq"."""
+    return _with_any_rows(require_qwix().PtqProvider)
+
+
 @functools.cache
 def training_provider() -> type:
     """qwix's provider for "qat", for any shape of input."""
-    qwix = require_qwix()
 
-    class Provider(qwix.QtProvider):
+    class Provider(_with_any_rows(require_qwix().QtProvider)):
         """qwix takes an input for the weight if it, or what unary operations made it from, has the weight's shape.
 
         So the input gets more axes than the weight, by an operation that has several arguments.
@@ -62,6 +94,8 @@ class Grid:
         )  # fmt: skip
 
     def straight_through(self, x: jax.Array) -> jax.Array:
+        if not x.size:
+            return x
         return x + jax.lax.stop_gradient(require_qwix().dequantize(self.round(x)) - x)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -43,15 +43,17 @@ def linear_only_rules(
         act_qtype: the same for the inputs of the layers; None leaves them float. qwix scales by absmax / 127.5 at
             int8, so a spike is not exact: for spiking layers see `spiking_feedforward_rules`.
         extra_op_names: further op names, see the module's table.
-        tile_size: number of inputs that share a scale; None is what the format asks for: 16 for nvfp4, 32 for
-            mxfp4 and mxfp8, else one scale for each output (weights) and each position (inputs).
+        tile_size: number of inputs that share a scale, or 1 / the number of tiles as a float; None is what the format
+            asks for: 16 for nvfp4, 32 for mxfp4 and mxfp8, else one scale for each output (weights) and each position
+            (inputs).
 
     Raises:
-        ImportError: without qwix. ValueError: unknown type or op name, or a tile size the format does not have.
+        ImportError: without qwix. ValueError: unknown type or op name, a tile size the format does not have.
+        TypeError: op names that are one string.
 
     Source: microscaling formats (arXiv:2310.10537).
     """
-    return [_rule(".*", (*FEEDFORWARD, *extra_op_names), weight_qtype, act_qtype, tile_size)]
+    return [_rule(".*", (*FEEDFORWARD, *_names(extra_op_names)), weight_qtype, act_qtype, tile_size)]
 
 
 def weights_only_rules(
@@ -70,7 +72,8 @@ def weights_only_rules(
         op_names: which kinds of layers, see the module's table.
 
     Raises:
-        ImportError: without qwix. ValueError: as in `linear_only_rules`.
+        ImportError: without qwix. ValueError, TypeError: as in `linear_only_rules`; a `module_path` that is no
+            regular expression.
     """
     return [_rule(module_path, op_names, weight_qtype, None, tile_size)]
 
@@ -86,7 +89,7 @@ def spiking_feedforward_rules(
 
     Arguments and errors are those of `weights_only_rules` and `linear_only_rules`.
     """
-    return weights_only_rules(weight_qtype, module_path, (*FEEDFORWARD, *extra_op_names), tile_size)
+    return [_rule(module_path, (*FEEDFORWARD, *_names(extra_op_names)), weight_qtype, None, tile_size)]
 
 
 def bitnet_ternary_rules(act_qtype: DTypeLike | None = "int8") -> list[Any]:
@@ -126,22 +129,45 @@ def projection_rules(
 
 def _rule(module_path, op_names, weight_qtype, act_qtype, tile_size) -> Any:
     qwix = require_qwix()
-    op_names = tuple(op_names)
+    op_names = _names(op_names)
     if not op_names or not set(op_names) <= set(_OP_NAMES):
         raise ValueError(f"op names must be some of {_OP_NAMES}, got {op_names}")
     _check_qtype("weight_qtype", weight_qtype)
-    if act_qtype is not None:
-        _check_qtype("act_qtype", act_qtype)
     wanted = {_TILES[q] for q in (weight_qtype, act_qtype) if isinstance(q, str) and q in _TILES}
     if len(wanted) > 1 or (wanted and tile_size not in (None, *wanted)):
         raise ValueError(
             f"weight_qtype={weight_qtype!r} and act_qtype={act_qtype!r} need tiles of {sorted(wanted)}, "
             f"got tile_size={tile_size}; leave tile_size=None, and take formats with equal tiles"
         )
-    return qwix.QuantizationRule(
+    rule = qwix.QuantizationRule(
         module_path=module_path, op_names=op_names, weight_qtype=weight_qtype, act_qtype=act_qtype,
         tile_size=next(iter(wanted), tile_size),
     )  # fmt: skip
+    check_rule(rule)
+    return rule
+
+
+def _names(op_names: Iterable[str]) -> tuple[str, ...]:
+    if isinstance(op_names, str):
+        raise TypeError(f"op names must be a sequence of names, got {op_names!r}: write ({op_names!r},)")
+    return tuple(op_names)
+
+
+def check_rule(rule: Any) -> None:
+    """Raise unless the path, the types and the tile size of a `qwix.QuantizationRule` can be used."""
+    if not isinstance(rule.module_path, str):
+        raise TypeError(f"module_path must be a regular expression, got {rule.module_path!r}")
+    try:
+        re.compile(rule.module_path)
+    except re.error as error:
+        raise ValueError(f"module_path={rule.module_path!r} is no regular expression: {error}") from error
+    for name in ("weight_qtype", "act_qtype"):
+        if getattr(rule, name) is not None:
+            _check_qtype(name, getattr(rule, name))
+    tile = rule.tile_size
+    whole = isinstance(tile, int) and not isinstance(tile, bool) and tile > 0
+    if not (tile is None or whole or (isinstance(tile, float) and 0 < tile <= 1)):
+        raise ValueError(f"tile_size must be a number of inputs, from 1, or 1 / the number of tiles, got {tile!r}")
 
 
 def _check_qtype(name: str, qtype: DTypeLike) -> None:
@@ -151,10 +177,14 @@ def _check_qtype(name: str, qtype: DTypeLike) -> None:
         dtype = jnp.dtype(qtype) if qtype is not None else None
     except TypeError:
         dtype = None
-    number = dtype is not None and (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.signedinteger))
-    if dtype is None or not number or dtype.itemsize > 1:
+    if dtype is not None and jnp.issubdtype(dtype, jnp.floating):
+        usable = jnp.finfo(dtype).bits in (4, 8) and jnp.finfo(dtype).min < 0
+    else:
+        usable = dtype is not None and jnp.issubdtype(dtype, jnp.signedinteger) and 2 <= jnp.iinfo(dtype).bits <= 8
+    if not usable:
         raise ValueError(
-            f"{name} must be one of {_NAMED_QTYPES} or a float or integer dtype of at most 8 bits, got {qtype!r}"
+            f"{name} must be one of {_NAMED_QTYPES} or a signed dtype of at most 8 bits, integer (from 2 bits) or "
+            f"float (of 4 or 8 bits), got {qtype!r}"
         )
 
 
@@ -171,7 +201,7 @@ def binary_activation_error(spikes: ArrayLike, *, weight_qtype: str = "int8") ->
     Raises:
         ValueError: not an integer type of at least 2 bits.
     """
-    match = re.fullmatch(r"int(\d+)", weight_qtype)
+    match = re.fullmatch(r"int(\d+)", str(weight_qtype))
     if match is None or int(match[1]) < 2:
         raise ValueError(f"weight_qtype must be 'int2', 'int3', ..., got {weight_qtype!r}")
     levels = 2.0 ** (int(match[1]) - 1) - 1

@@ -11,8 +11,10 @@ from safetensors.numpy import load_file
 
 from compat_torch.architectures.recurrent_gemma import RecurrentGemma, RecurrentGemmaConfig
 from compat_torch.checkpoint import from_pretrained
+from compat_torch.errors import CheckpointError
 from compat_torch.generation import generate
 from compat_torch.quantization import mean_loss, quantize_weights
+from spyx import quant
 
 TRAINED = Path(__file__).parents[2] / "parity" / "golden" / "hf_mamba_trained"
 
@@ -46,6 +48,14 @@ def test_int8_changes_the_held_out_loss_by_less_than_a_thousandth(rounded):
     _, report = rounded
     assert report.loss_before != report.loss_after
     assert abs(report.loss_after - report.loss_before) < 1e-3
+
+
+def test_rounded_weights_are_not_left_out_of_what_is_saved(rounded, tmp_path):
+    small = rounded[0]
+    for save in (small.state_dict, lambda: small.save_pretrained(tmp_path / "out")):
+        with pytest.raises(CheckpointError, match=r"_proj holds rounded weights \(int8\).*save the float model"):
+            save()
+    assert not list(tmp_path.iterdir())
 
 
 def test_int8_weights_take_a_quarter_of_the_bytes(rounded):
@@ -102,3 +112,36 @@ def test_errors(model, rounded, io):
         quantize_weights(model, io["heldout_ids"][:, :9], "int99")
     with pytest.raises(ValueError, match="already holds"):
         quantize_weights(rounded[0], io["heldout_ids"][:, :9])
+
+
+def test_the_text_and_its_lengths_are_checked(model, io):
+    ids = np.concatenate([io["heldout_ids"][:, :9]] * 2)
+    for wrong, error, message in (
+        (ids.astype(np.float32), TypeError, "integer token ids"),
+        (ids[0], ValueError, r"token ids \(B, L\)"),
+        (np.where(ids == ids[0, 4], 256, ids), ValueError, "token ids must be from 0 to 255"),
+        (np.where(ids == ids[0, 8], -1, ids), ValueError, "token ids must be from 0 to 255"),
+    ):
+        with pytest.raises(error, match=message):
+            mean_loss(model, wrong)
+    for lengths, error in ((5, ValueError), ([5], ValueError), ([5, 5, 5], ValueError), ([5.5, 5.0], TypeError)):
+        with pytest.raises(error, match="lengths must"):
+            mean_loss(model, ids, np.array(lengths))
+    with pytest.raises(ValueError, match="lengths must have shape"):
+        mean_loss(model, ids[:1], np.array([5, 5]))
+    padded = ids.copy()
+    padded[1, 4:] = -100
+    assert mean_loss(model, padded, np.array([9, 4])) == mean_loss(model, ids, np.array([9, 4]))
+
+
+def test_saved_and_put_back(model, rounded, io):
+    ids = jnp.asarray(io["heldout_ids"][:, :9])
+    saved = {"/".join(map(str, path)): np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(nnx.state(rounded[0]))}
+    rules = quant.weights_only_rules(op_names=("dot_general",))
+    empty = nnx.eval_shape(lambda: quant.quantize(nnx.clone(model), ids[:, :1], rules=rules, mode="ptq"))
+    state = nnx.state(empty)
+    for path, leaf in nnx.to_flat_state(state):
+        leaf.set_value(jnp.asarray(saved["/".join(map(str, path))]))
+    nnx.update(empty, state)
+    assert sum(array.nbytes for array in saved.values()) == rounded[1].layers.bytes_after
+    np.testing.assert_array_equal(empty(ids).logits, rounded[0](ids).logits)
