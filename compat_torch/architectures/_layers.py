@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+from flax import nnx
+
 from .backbone import MIXERS
 
 LayerLike = str | Callable[..., Any]
@@ -56,8 +58,9 @@ def layer_factory(layer: LayerLike, params: Mapping[str, Any], fill: Mapping[str
     """
     if isinstance(layer, str):
         layer = layer_class(layer)
-    if not callable(layer):
-        raise TypeError(f"a layer must be a class, a name or a functools.partial, got {layer!r}")
+    if not callable(layer) or isinstance(layer, nnx.Module):
+        found = f"an instance of {type(layer).__name__}" if callable(layer) else repr(layer)
+        raise TypeError(f"a layer must be a class, a name or a functools.partial, got {found}")
     factory = partial(layer, **params)
     takes = _takes(factory)
     if "transposed" in takes:

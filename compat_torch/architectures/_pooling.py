@@ -8,9 +8,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from spyx.ops.dtypes import widen
 from spyx.ops.scan import check_lengths
 
 from ..core.discretization import Reference
+from ..interop import torch_in_torch_out
 
 Pooling = Literal["mean", "last", "max"]
 IntermediatePooling = Literal["none", "stride", "mean", "max"]
@@ -57,6 +59,7 @@ class SequencePooling(nnx.Module):
             raise ValueError(f"SequencePooling: reference must be one of {get_args(Reference)}, got {reference!r}")
         self.pooling_type, self.stride, self.reference = pooling_type, stride, reference
 
+    @torch_in_torch_out
     def __call__(
         self,
         x: Float[Array, "B L H"],
@@ -140,6 +143,8 @@ def per_row(lengths: Any, B: int, L: int) -> Int[Array, " B"] | None:
     lengths = jnp.asarray(lengths)
     if lengths.ndim == 0:
         lengths = jnp.broadcast_to(lengths, (B,))
+    if lengths.shape != (B,):
+        raise ValueError(f"lengths must have shape (B,) = {(B,)}, or be one integer, got shape {lengths.shape}")
     check_lengths(lengths, (L, B))
     return jnp.clip(lengths.astype(jnp.int32), 0, L)
 
@@ -150,11 +155,11 @@ def valid_steps(lengths: Int[Array, " B"] | None, B: int, L: int) -> Bool[Array,
 
 
 def _mean(x: Float[Array, "*B K H"], valid: Bool[Array, "*B K"], count: int | None = None) -> Float[Array, "*B H"]:
-    """Of the valid steps, or their sum over `count`; 0 if there are none."""
-    total = jnp.sum(jnp.where(valid[..., None], x, 0), -2)
-    if count is not None:
-        return total / count
-    return total / jnp.maximum(jnp.sum(valid, -1), 1)[..., None].astype(x.dtype)
+    """Of the valid steps, or their sum over `count`; 0 if there are none. Sums are float32 or wider."""
+    total = jnp.sum(widen(jnp.where(valid[..., None], x, 0)), -2)
+    if count is None:
+        return (total / jnp.maximum(jnp.sum(valid, -1), 1)[..., None]).astype(x.dtype)
+    return (total / count).astype(x.dtype)
 
 
 def _max(x: Float[Array, "*B K H"], valid: Bool[Array, "*B K"]) -> Float[Array, "*B H"]:

@@ -13,9 +13,10 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from ..core.base import LRNN
+from ..core.base import LRNN, parameter_dtype
 from ..core.discretization import Reference
 from ..core.layers import look_up, symmetric_uniform
+from ..interop import torch_in_torch_out
 from ..layers import MHA, Block, GatedMLP
 from ..layers.block import has_event_mode, layer_norm, normalise, rms_norm
 from ..random import default_rngs
@@ -68,21 +69,23 @@ def create_block(
         mlp_cls: in place of `GatedMLP`.
 
     Raises:
-        ValueError: unknown `mixer_type`. TypeError: arguments that the mixer lacks or does not know.
+        ValueError: unknown `mixer_type`. TypeError: arguments that the mixer lacks or does not know, or that are
+            arguments here (d_state; for "attn" layer_idx and device).
     """
     rngs = default_rngs(rngs)
-    param_dtype = param_dtype or dtype or jnp.float32
+    param_dtype = parameter_dtype("create_block", dtype, param_dtype)
     dense = {"dtype": dtype, "param_dtype": param_dtype, "precision": precision, "rngs": rngs}
     if mixer_type == "attn":
-        options = {"causal": reference == "paper", **(attn_cfg or {}), "layer_idx": layer_idx, "device": device}
+        fixed = {"layer_idx": layer_idx, "device": device}
+        options = {"causal": reference == "paper", **_without(fixed, mixer_type, attn_cfg), **fixed}
         mixer_cls: Any = MHA
     elif mixer_type in MIXERS:
         mixer_cls = getattr(importlib.import_module(f"compat_torch.models.{MIXERS[mixer_type]}"), mixer_type)
-        options = {**({"transposed": False} if mixer_type in ("S4", "S4D") else {}), **(mixer_kwargs or {})}
+        fixed = {} if mixer_type in _WITHOUT_D_STATE else {"d_state": d_state}
+        layout = {"transposed": False} if mixer_type in ("S4", "S4D") else {}
+        options = {**layout, **_without(fixed, mixer_type, mixer_kwargs), **fixed}
         if options.get("transposed"):
             raise ValueError(f"{mixer_type} in a language model works on (B, L, H): transposed=True is not supported")
-        if mixer_type not in _WITHOUT_D_STATE:
-            options["d_state"] = d_state
     else:
         raise ValueError(f"mixer_type must be 'attn' or one of {tuple(MIXERS)}, got {mixer_type!r}")
     mlp = None
@@ -130,6 +133,7 @@ class LRNNModel(LRNN):
         super().__init__(reference=reference, precision=precision, dtype=dtype, param_dtype=param_dtype)
         self._check_device(device)
         self._check_sizes(d_model=d_model, d_state=d_state, n_layer=n_layer, vocab_size=vocab_size)
+        self._check_sizes(0, d_intermediate=d_intermediate)
         if len(mixer_types) != n_layer:
             raise ValueError(f"mixer_types must have n_layer = {n_layer} entries, got {len(mixer_types)}")
         kwargs = dict(mixer_kwargs or {})
@@ -155,6 +159,7 @@ class LRNNModel(LRNN):
     def _has_event_mode(self) -> bool:
         return any(has_event_mode(layer.mixer) for layer in self.layers)
 
+    @torch_in_torch_out
     def __call__(
         self,
         input_ids: Int[Array, "B L"],
@@ -187,6 +192,7 @@ class LRNNModel(LRNN):
             hidden = jnp.where((jnp.arange(ids.shape[1]) < lengths[:, None])[..., None], hidden, 0)
         return hidden if inference_cache is None else (hidden, cache)
 
+    @torch_in_torch_out
     def step(
         self,
         input_ids: Int[Array, "B 1"],
@@ -230,6 +236,14 @@ class LRNNModel(LRNN):
 
     def _leave(self, hidden, residual):
         return normalise(self.norm_f, hidden if residual is None else hidden + residual)
+
+
+def _without(fixed: Mapping[str, Any], mixer: str, options: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """The options of the mixer; raise if they have what is fixed by an argument beside them."""
+    options = options or {}
+    if twice := sorted(fixed.keys() & options.keys()):
+        raise TypeError(f"the arguments of {mixer} must not have {twice}: the block, or the model, has them as its own")
+    return options
 
 
 def _norm(rms: bool) -> Callable[..., nnx.LayerNorm | nnx.RMSNorm]:

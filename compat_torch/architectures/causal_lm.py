@@ -17,6 +17,7 @@ from spyx.ops.dtypes import widen
 from spyx.ops.scan import check_lengths
 
 from .. import state
+from ..core.base import parameter_dtype
 from ..core.layers import linear
 from ..interop import torch_in_torch_out
 from .config import CausalLMConfig
@@ -63,7 +64,7 @@ class CausalLM(nnx.Module):
         rngs: random streams; None draws from the process-wide one (`compat_torch.manual_seed`).
 
     Raises:
-        TypeError: a `config` of another class.
+        TypeError: a `config` of another class; `dtype` or `param_dtype` is not real floating point.
     """
 
     config_class: ClassVar[type[CausalLMConfig]] = CausalLMConfig
@@ -85,7 +86,8 @@ class CausalLM(nnx.Module):
                 f"{self._name} takes a {expected} (from_dict reads a config.json), got {type(config).__name__}"
             )
         self.config = config
-        self.precision, self.dtype, self.param_dtype = precision, dtype, param_dtype or dtype or jnp.float32
+        self.precision, self.dtype = precision, dtype
+        self.param_dtype = parameter_dtype(self._name, dtype, param_dtype)
 
     def _run(
         self, ids: Int[Array, "B L"], lengths: Int[Array, " B"] | None, cache: Caches | None, keep_all: bool
@@ -285,8 +287,9 @@ def valid_tokens(
 
 
 def check_layers(name: str, cache: Any, depth: int) -> None:
-    """Raise ValueError unless `cache` has one entry for each of the `depth` layers."""
-    if not (isinstance(cache, dict) and cache.keys() == set(range(depth))):
+    """Raise ValueError unless `cache` has one entry, which is not None, for each of the `depth` layers."""
+    complete = isinstance(cache, dict) and cache.keys() == set(range(depth))
+    if not complete or any(entry is None for entry in cache.values()):
         raise ValueError(
             f"{name}: the cache must have one entry for each of the {depth} layers; make one with "
             "allocate_inference_cache(batch_size, max_seqlen)"

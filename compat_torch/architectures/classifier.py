@@ -99,6 +99,7 @@ class ClassifierBlock(LRNN):
             self.final_pooler = SequencePooling(pooling, reference=reference)
             self.output_proj = linear(d_model, head_width(self._name, num_classes, output_dim), **common)
 
+    @torch_in_torch_out
     def __call__(
         self,
         x: Float[Array, "B L H"],

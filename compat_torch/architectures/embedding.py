@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Integral, Real
 from typing import Any
 
 import jax
@@ -10,7 +11,9 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from ..core.base import check_sizes, parameter_dtype
 from ..core.layers import look_up
+from ..interop import torch_in_torch_out
 from ..random import default_rngs
 
 
@@ -25,6 +28,9 @@ class PositionEmbedding(nnx.Module):
 
     Parameters: position_embedding.weight (max_position_embeddings, embedding_dim), standard normal at first.
 
+    Raises:
+        ValueError: sizes. TypeError: `param_dtype` is not real floating point.
+
     Source: lrnnx 1.0.0 `lrnnx.architectures.embedding`.
     """
 
@@ -36,8 +42,10 @@ class PositionEmbedding(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs | None = None,
     ):
-        self.position_embedding = _table(max_position_embeddings, embedding_dim, param_dtype, default_rngs(rngs))
+        sizes = {"max_position_embeddings": max_position_embeddings, "embedding_dim": embedding_dim}
+        self.position_embedding = _table("PositionEmbedding", sizes, param_dtype, default_rngs(rngs))
 
+    @torch_in_torch_out
     def __call__(self, positions: Int[Array, "*L"]) -> Float[Array, "*L E"]:
         """The vectors; NaN for a position outside of the table.
 
@@ -64,8 +72,8 @@ class TokenEmbedding(nnx.Module):
     position_embedding.position_embedding.weight.
 
     Raises:
-        ValueError: padding_idx outside of the vocabulary, a rate outside of [0, 1], or one of use_position and
-            max_position_embeddings without the other.
+        ValueError: sizes, padding_idx outside of the vocabulary, a rate outside of [0, 1], or one of use_position and
+            max_position_embeddings without the other. TypeError: `param_dtype` is not real floating point.
 
     Source: lrnnx 1.0.0 `lrnnx.architectures.embedding`.
     """
@@ -87,12 +95,14 @@ class TokenEmbedding(nnx.Module):
                 "TokenEmbedding: use_position=True needs max_position_embeddings, which has no other use; got "
                 f"use_position={use_position}, max_position_embeddings={max_position_embeddings}"
             )
-        if padding_idx is not None and not -vocab_size <= padding_idx < vocab_size:
-            raise ValueError(f"TokenEmbedding: padding_idx must be in [{-vocab_size}, {vocab_size}), got {padding_idx}")
         rngs = default_rngs(rngs)
         self.embedding_dim = embedding_dim
+        sizes = {"vocab_size": vocab_size, "embedding_dim": embedding_dim}
+        self.token_embedding = _table("TokenEmbedding", sizes, param_dtype, rngs)
+        known = isinstance(padding_idx, Integral) and -vocab_size <= padding_idx < vocab_size
+        if padding_idx is not None and not known:
+            raise ValueError(f"TokenEmbedding: padding_idx must be in [{-vocab_size}, {vocab_size}), got {padding_idx}")
         self.padding_idx = None if padding_idx is None else padding_idx % vocab_size
-        self.token_embedding = _table(vocab_size, embedding_dim, param_dtype, rngs)
         if self.padding_idx is not None:
             table = self.token_embedding.embedding
             table.set_value(table[...].at[self.padding_idx].set(0))
@@ -102,6 +112,7 @@ class TokenEmbedding(nnx.Module):
             )
         self.dropout = dropout_layer("TokenEmbedding", dropout)
 
+    @torch_in_torch_out
     def __call__(self, token_ids: Int[Array, "B L"], *, rngs: nnx.Rngs | None = None) -> Float[Array, "B L E"]:
         """The vectors; NaN for an id outside of the vocabulary.
 
@@ -127,15 +138,15 @@ class TokenEmbedding(nnx.Module):
         return apply_dropout("TokenEmbedding", self.dropout, vectors, rngs)
 
 
-def dropout_layer(owner: str, rate: float) -> nnx.Dropout:
+def dropout_layer(owner: str, rate: float, broadcast_dims: tuple[int, ...] = ()) -> nnx.Dropout:
     """Dropout that keeps no random streams.
 
     Raises:
-        ValueError: a rate outside of [0, 1].
+        ValueError: a rate that is not a number in [0, 1].
     """
-    if not 0 <= rate <= 1:
-        raise ValueError(f"{owner}: dropout must be in [0, 1], got {rate}")
-    return nnx.Dropout(rate)
+    if isinstance(rate, bool) or not isinstance(rate, Real) or not 0 <= rate <= 1:
+        raise ValueError(f"{owner}: dropout must be in [0, 1], got {rate!r}")
+    return nnx.Dropout(rate, broadcast_dims=broadcast_dims)
 
 
 def apply_dropout(owner: str, layer: nnx.Dropout, x: Float[Array, "..."], rngs: Any) -> Float[Array, "..."]:
@@ -152,9 +163,10 @@ def apply_dropout(owner: str, layer: nnx.Dropout, x: Float[Array, "..."], rngs: 
     return layer(x, rngs=rngs)
 
 
-def _table(rows: int, width: int, param_dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Embed:
-    normal = nnx.initializers.normal(1.0)
-    return nnx.Embed(rows, width, embedding_init=normal, param_dtype=param_dtype, rngs=rngs)
+def _table(owner: str, sizes: dict[str, int], param_dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Embed:
+    check_sizes(owner, **sizes)
+    normal, dtype = nnx.initializers.normal(1.0), parameter_dtype(owner, None, param_dtype)
+    return nnx.Embed(*sizes.values(), embedding_init=normal, param_dtype=dtype, rngs=rngs)
 
 
 def _look_up(table: nnx.Embed, ids: Any, expected: str) -> Float[Array, "*L E"]:

@@ -13,7 +13,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from ..core.base import LRNN
+from ..core.base import LRNN, check_sizes, parameter_dtype
 from ..core.discretization import Reference
 from ..core.layers import symmetric_uniform
 from ..errors import ReferenceDefectWarning
@@ -63,6 +63,9 @@ class DownPool1D(nnx.Module):
         param_dtype, precision, rngs: as in `LRUUnet`.
 
     Parameters: conv.weight (out_channels, in_channels, factor), conv.bias.
+
+    Raises:
+        ValueError: a size that is not a positive integer. TypeError: `param_dtype` is not real floating point.
     """
 
     def __init__(
@@ -75,15 +78,25 @@ class DownPool1D(nnx.Module):
         precision: Any = "highest",
         rngs: nnx.Rngs | None = None,
     ):
+        check_sizes("DownPool1D", in_channels=in_channels, downsample_factor=downsample_factor)
+        width = 2 * in_channels if out_channels is None else out_channels
+        check_sizes("DownPool1D", out_channels=width)
         self.factor = downsample_factor
         init = symmetric_uniform((in_channels * downsample_factor) ** -0.5)
+        dtype = parameter_dtype("DownPool1D", None, param_dtype)
         self.conv = nnx.Conv(
-            in_channels, out_channels or 2 * in_channels, (downsample_factor,), downsample_factor, padding="VALID",
-            kernel_init=init, bias_init=init, param_dtype=param_dtype, precision=precision, rngs=default_rngs(rngs),
+            in_channels, width, (downsample_factor,), downsample_factor, padding="VALID",
+            kernel_init=init, bias_init=init, param_dtype=dtype, precision=precision, rngs=default_rngs(rngs),
         )  # fmt: skip
 
     def __call__(self, x: Float[Array, "B T C"]) -> Float[Array, "B S O"]:
-        """One step of each window."""
+        """One step of each window.
+
+        Raises:
+            ValueError: T is not a multiple of the factor.
+        """
+        if x.shape[1] % self.factor:
+            raise ValueError(f"DownPool1D: the length must be a multiple of {self.factor}, got {x.shape[1]}: pad it")
         return self.conv(x)
 
 
@@ -100,6 +113,10 @@ class UpPool1D(nnx.Module):
         param_dtype, precision, rngs: as in `LRUUnet`.
 
     Parameters: deconv.weight (in_channels, out_channels, factor), deconv.bias.
+
+    Raises:
+        ValueError: a size that is not a positive integer, a negative shift. TypeError: `param_dtype` is not real
+            floating point.
     """
 
     def __init__(
@@ -114,12 +131,16 @@ class UpPool1D(nnx.Module):
         precision: Any = "highest",
         rngs: nnx.Rngs | None = None,
     ):
-        width = out_channels or in_channels // 2
+        check_sizes("UpPool1D", in_channels=in_channels, upsample_factor=upsample_factor)
+        check_sizes("UpPool1D", 0, shift=shift)
+        width = in_channels // 2 if out_channels is None else out_channels
+        check_sizes("UpPool1D", out_channels=width)
         self.factor, self.causal, self.shift = upsample_factor, causal, shift
         init = symmetric_uniform((width * upsample_factor) ** -0.5)
+        dtype = parameter_dtype("UpPool1D", None, param_dtype)
         self.deconv = nnx.ConvTranspose(
             in_channels, width, (upsample_factor,), (upsample_factor,), padding="VALID", transpose_kernel=True,
-            kernel_init=init, bias_init=init, param_dtype=param_dtype, precision=precision, rngs=default_rngs(rngs),
+            kernel_init=init, bias_init=init, param_dtype=dtype, precision=precision, rngs=default_rngs(rngs),
         )  # fmt: skip
 
     def __call__(self, x: Float[Array, "B S C"]) -> Float[Array, "B T O"]:
@@ -165,7 +186,8 @@ class LRUUnet(LRNN):
     4 in_channels, ...] here.
 
     Raises:
-        ValueError: sizes, lists of different lengths, no level at all, pre_conv=True.
+        ValueError: sizes, lists of different lengths, no level at all, pre_conv=True. TypeError: `channels` or
+            `resample_factors` is not a list.
 
     Source: the aTENNuate network (arXiv:2409.03377); lrnnx 1.0.0 `lrnnx.architectures.lru_unet`.
     """
@@ -189,6 +211,9 @@ class LRUUnet(LRNN):
     ):
         super().__init__(reference=reference, precision=precision, dtype=dtype, param_dtype=param_dtype)
         self._check_sizes(in_channels=in_channels, out_channels=out_channels)
+        for name, given in (("channels", channels), ("resample_factors", resample_factors)):
+            if not isinstance(given, Sequence):
+                raise TypeError(f"{self._name}: {name} must be a list of integers, one for each level, got {given!r}")
         if len(channels) != len(resample_factors) or not channels:
             raise ValueError(
                 f"{self._name}: channels and resample_factors must have the same length, at least 1, got "

@@ -17,7 +17,7 @@ from ..layers.block import layer_norm
 from ..models.original import S4D
 from ..random import default_rngs
 from ._pooling import SequencePooling, per_row, valid_steps
-from .embedding import apply_dropout
+from .embedding import apply_dropout, dropout_layer
 
 __all__ = ["S4Model"]
 
@@ -72,6 +72,7 @@ class S4Model(LRNN):
         super().__init__(reference="paper", precision=precision, dtype=dtype, param_dtype=param_dtype)
         self._check_sizes(d_input=d_input, d_output=d_output, d_model=d_model, n_layers=n_layers)
         self.d_input, self.d_model, self.prenorm = d_input, d_model, bool(prenorm)
+        self.dropout = dropout_layer(self._name, dropout, (1,))
         rngs = default_rngs(rngs)
         common: dict[str, Any] = {"precision": precision, "param_dtype": self.param_dtype, "rngs": rngs}
         self.encoder = linear(d_input, d_model, **common)
@@ -79,7 +80,6 @@ class S4Model(LRNN):
             S4D(d_model, d_state, dropout, transposed=False, lr=lr, dtype=dtype, **common) for _ in range(n_layers)
         )
         self.norms = nnx.List(layer_norm(d_model, param_dtype=self.param_dtype) for _ in range(n_layers))
-        self.dropout = nnx.Dropout(dropout, broadcast_dims=(1,))
         self.pooling = SequencePooling("mean")
         self.decoder = linear(d_model, d_output, **common)
 

@@ -7,6 +7,7 @@ from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
@@ -23,6 +24,9 @@ class LRNN(nnx.Module):
         precision: of every matrix product, as in `jax.lax.dot`; independent of jax_default_matmul_precision.
         dtype: of the output; None is that of the input.
         param_dtype: of the parameters; None is `dtype`, or float32.
+
+    Raises:
+        ValueError: unknown `reference`. TypeError: `dtype` or `param_dtype` is not real floating point.
     """
 
     reference: Reference
@@ -42,16 +46,14 @@ class LRNN(nnx.Module):
         self.reference = reference
         self.precision = precision
         self.dtype = dtype
-        self.param_dtype = param_dtype or dtype or jnp.float32
+        self.param_dtype = parameter_dtype(self._name, dtype, param_dtype)
 
     @property
     def _name(self) -> str:
         return type(self).__name__
 
-    def _check_sizes(self, **sizes: Any) -> None:
-        for name, value in sizes.items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{self._name}: {name} must be a positive integer, got {value!r}")
+    def _check_sizes(self, least: int = 1, **sizes: Any) -> None:
+        check_sizes(self._name, least, **sizes)
 
     def _check_choice(self, name: str, value: Any, choices: Sequence[Any]) -> None:
         if value not in choices:
@@ -59,6 +61,15 @@ class LRNN(nnx.Module):
 
     def _check_device(self, device: Any) -> None:
         check_device(self._name, device)
+
+    def _check_leaf(self, cache: Mapping[str, Any], name: str, *shapes: tuple[int, ...]) -> None:
+        leaf, advice = cache[name], "make one with allocate_inference_cache(batch_size)"
+        if (shape := getattr(leaf, "shape", None)) not in shapes:
+            raise ValueError(f"{self._name}: {name} must have shape {shapes[0]} for this input, got {shape}; {advice}")
+        counts = name == "seqlen_offset"
+        if not jnp.issubdtype(leaf.dtype, jnp.integer if counts else jnp.inexact):
+            kind = "integer" if counts else "floating point or complex"
+            raise TypeError(f"{self._name}: {name} must be {kind}, got {leaf.dtype}; {advice}")
 
     def _input(self, x, layout: str) -> Float[Array, "..."]:
         x = jnp.asarray(x)
@@ -111,3 +122,34 @@ def check_device(name: str, device: Any) -> None:
             f"{name}: device must be None or 'cpu', got {device!r}: JAX places arrays by jax.default_device, "
             "jax.device_put or shardings"
         )
+
+
+def check_sizes(name: str, least: int = 1, **sizes: Any) -> None:
+    """Raise ValueError unless the `sizes`, arguments of the class `name`, are Python integers of at least `least`."""
+    expected = "a positive integer" if least == 1 else f"an integer, at least {least}"
+    for size, value in sizes.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            advice = f"; pass int({size})" if isinstance(value, np.integer) else ""
+            raise ValueError(f"{name}: {size} must be {expected}, got {value!r}{advice}")
+
+
+def parameter_dtype(name: str, dtype: DTypeLike | None, param_dtype: DTypeLike | None) -> DTypeLike:
+    """The dtype of the parameters of the class `name`: `param_dtype`, or else `dtype`, or else float32.
+
+    Raises:
+        TypeError: one of them is given and is not a real floating point dtype.
+    """
+    for argument, value in (("dtype", dtype), ("param_dtype", param_dtype)):
+        if value is not None and not _is_floating(value):
+            raise TypeError(
+                f"{name}: {argument} must be a real floating point dtype, such as jnp.float32 or jnp.bfloat16, "
+                f"got {value!r}"
+            )
+    return param_dtype or dtype or jnp.float32
+
+
+def _is_floating(dtype: Any) -> bool:
+    try:
+        return bool(jnp.issubdtype(jnp.dtype(dtype), jnp.floating))
+    except TypeError:
+        return False

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from ..interop import torch_in_torch_out
 from ..models.ltv.base import LTV_LRNN
 
 _NO_KEYS: Any = SimpleNamespace(params=lambda: None)
@@ -47,6 +48,7 @@ class Block(nnx.Module):
         if mlp_cls is not None:
             self.norm2, self.mlp = norm_cls(dim), mlp_cls(dim)
 
+    @torch_in_torch_out
     def __call__(
         self,
         hidden_states: Float[Array, "B L H"],
@@ -76,6 +78,7 @@ class Block(nnx.Module):
         y, residual, cache = self._apply(mix, hidden_states, residual)
         return (y, residual) if inference_cache is None else (y, residual, cache)
 
+    @torch_in_torch_out
     def step(self, hidden_states: Float[Array, "B 1 H"], residual, cache, integration_timesteps=None):
         """One step: `(hidden_states, residual, cache)`."""
 

@@ -18,6 +18,7 @@ from spyx.ops.scan import check_lengths
 from ..core.base import LRNN
 from ..core.discretization import Reference
 from ..core.layers import depthwise_conv, linear, taps
+from ..interop import torch_in_torch_out
 from ..random import default_rngs
 
 Cache = dict[str, Array]
@@ -53,7 +54,8 @@ class MHA(LRNN):
     max_seqlen steps the output is NaN.
 
     Raises:
-        ValueError: sizes that do not divide, an odd or too wide `rotary_emb_dim`, a device other than the CPU.
+        ValueError: sizes that are not integers or do not divide, an odd or too wide `rotary_emb_dim`, a device other
+            than the CPU.
 
     Source: arXiv:1706.03762, grouped queries arXiv:2305.13245, rotary positions arXiv:2104.09864; lrnnx 1.0.0
     `lrnnx.layers.mha`.
@@ -87,14 +89,18 @@ class MHA(LRNN):
         self._check_device(device)
         num_heads_kv = num_heads if num_heads_kv is None else num_heads_kv
         self._check_sizes(embed_dim=embed_dim, num_heads=num_heads, num_heads_kv=num_heads_kv)
+        self._check_sizes(0, mlp_dim=mlp_dim, d_conv=d_conv, rotary_emb_dim=rotary_emb_dim)
         if num_heads % num_heads_kv:
             raise ValueError(f"MHA: num_heads_kv must divide num_heads, got {num_heads_kv} and {num_heads}")
         if head_dim is None:
             if embed_dim % num_heads:
                 raise ValueError(f"MHA: num_heads must divide embed_dim, got {num_heads} and {embed_dim}")
             head_dim = embed_dim // num_heads
-        if rotary_emb_dim % 2 or not 0 <= rotary_emb_dim <= head_dim:
+        self._check_sizes(head_dim=head_dim)
+        if rotary_emb_dim % 2 or rotary_emb_dim > head_dim:
             raise ValueError(f"MHA: rotary_emb_dim must be even and at most {head_dim}, got {rotary_emb_dim}")
+        if not rotary_emb_base > 0:
+            raise ValueError(f"MHA: rotary_emb_base must be positive, got {rotary_emb_base}")
         self.d_model, self.num_heads, self.num_heads_kv, self.head_dim = embed_dim, num_heads, num_heads_kv, head_dim
         self.mlp_dim, self.d_conv = math.ceil(mlp_dim / 256) * 256, d_conv
         self.causal, self.layer_idx = causal, layer_idx
@@ -113,6 +119,7 @@ class MHA(LRNN):
     def _qkv_dim(self) -> int:
         return self.head_dim * (self.num_heads + 2 * self.num_heads_kv)
 
+    @torch_in_torch_out
     def __call__(
         self,
         x: Float[Array, "B L H"],
@@ -141,16 +148,28 @@ class MHA(LRNN):
             valid = jnp.arange(L) < lengths[:, None]
             x = jnp.where(valid[..., None], x, 0)
         if inference_cache is not None:
-            self._check_cache(inference_cache, L)
+            self._check_cache(inference_cache, B, L)
         y, cache = self._attend(x, valid, lengths, inference_cache)
         y = jnp.where(valid[..., None], y, 0).astype(x.dtype)
         return y if inference_cache is None else (y, cache)
 
+    @torch_in_torch_out
     def step(self, x: Float[Array, "B 1 H"], inference_cache: Cache) -> tuple[Float[Array, "B 1 H"], Cache]:
-        """One step: `(y, cache)` from x (B, 1, embed_dim) and the cache before it, which is left as it is."""
-        return self(x, inference_cache=inference_cache)
+        """One step: `(y, cache)` from x (B, 1, embed_dim) and the cache before it, which is left as it is.
+
+        Past its max_seqlen steps y is NaN.
+
+        Raises:
+            ValueError: wrong rank or width, more than one step, a cache that does not fit, or the layer is not causal.
+        """
+        x = self._input(x, "(B, 1, H)")
+        if x.shape[1] != 1:
+            raise ValueError(f"MHA: step takes one step, (B, 1, H), got shape {x.shape}; call the layer for more")
+        y, cache = self._advance(x[:, 0], inference_cache)
+        return y[:, None], cache
 
     def _advance(self, x: Float[Array, "B H"], cache: Cache, timesteps: Array | None = None) -> tuple[Array, Cache]:
+        self._check_cache(cache, x.shape[0], 1)
         y, cache = self(x[:, None], inference_cache=cache)
         return y[:, 0], cache
 
@@ -178,11 +197,20 @@ class MHA(LRNN):
                 'causal=True (in a language model: mixer_kwargs={"attn": {"causal": True, ...}}, or reference="paper")'
             )
 
-    def _check_cache(self, cache: Cache, L: int) -> None:
+    def _check_cache(self, cache: Cache, B: int, L: int) -> None:
         self._check_causal()
-        if not isinstance(cache, dict) or not {"kv_cache", "seqlen_offset"} <= cache.keys():
-            raise ValueError("MHA: inference_cache must come from allocate_inference_cache(batch_size, max_seqlen)")
-        room = cache["kv_cache"].shape[1]
+        wanted = {"kv_cache", "seqlen_offset", *(("conv_state",) if self.d_conv else ())}
+        if not isinstance(cache, dict) or not wanted <= cache.keys():
+            found = sorted(cache) if isinstance(cache, dict) else type(cache).__name__
+            raise ValueError(
+                f"MHA: inference_cache must have the keys {sorted(wanted)}, got {found}; make one with "
+                "allocate_inference_cache(batch_size, max_seqlen)"
+            )
+        room = (*getattr(cache["kv_cache"], "shape", ()), 1, 1)[1]
+        self._check_leaf(cache, "kv_cache", (B, room, 2, self.num_heads_kv, self.head_dim))
+        self._check_leaf(cache, "seqlen_offset", (B,))
+        if self.d_conv:
+            self._check_leaf(cache, "conv_state", (B, self._qkv_dim, self.d_conv))
         if room < L:
             raise ValueError(f"MHA: the cache has room for {room} steps, got {L}: allocate it with a larger max_seqlen")
 

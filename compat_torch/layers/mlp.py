@@ -11,9 +11,15 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from ..core.base import check_device
+from ..core.base import check_device, check_sizes, parameter_dtype
 from ..core.layers import linear
+from ..interop import torch_in_torch_out
 from ..random import default_rngs
+
+
+def silu(x: Array) -> Array:
+    """`jax.nn.silu`, as a function that pickle knows by name."""
+    return jax.nn.silu(x)
 
 
 class GatedMLP(nnx.Module):
@@ -35,7 +41,8 @@ class GatedMLP(nnx.Module):
     Parameters: fc1.weight (2 hidden, in), fc2.weight (out, hidden), and their biases.
 
     Raises:
-        ValueError: a device other than the CPU.
+        ValueError: a size that is not a positive integer, a device other than the CPU. TypeError: `activation` is not
+            callable, a dtype is not real floating point.
 
     Source: GLU variants (arXiv:2002.05202); lrnnx 1.0.0 `lrnnx.layers.mlp`.
     """
@@ -45,7 +52,7 @@ class GatedMLP(nnx.Module):
         in_features: int,
         hidden_features: int | None = None,
         out_features: int | None = None,
-        activation: Callable[[Array], Array] = jax.nn.silu,
+        activation: Callable[[Array], Array] = silu,
         bias: bool = False,
         multiple_of: int = 128,
         device: Any = None,
@@ -56,11 +63,16 @@ class GatedMLP(nnx.Module):
         rngs: nnx.Rngs | None = None,
     ):
         check_device("GatedMLP", device)
+        sizes = {"hidden_features": hidden_features, "out_features": out_features}
+        given = {name: size for name, size in sizes.items() if size is not None}
+        check_sizes("GatedMLP", in_features=in_features, multiple_of=multiple_of, **given)
+        if not callable(activation):
+            raise TypeError(f"GatedMLP: activation must be a function, such as jax.nn.silu, got {activation!r}")
         hidden = int(8 * in_features / 3) if hidden_features is None else hidden_features
         hidden = -(-hidden // multiple_of) * multiple_of
         common: dict[str, Any] = {
             "bias": bias,
-            "param_dtype": param_dtype or dtype or jnp.float32,
+            "param_dtype": parameter_dtype("GatedMLP", dtype, param_dtype),
             "precision": precision,
             "rngs": default_rngs(rngs),
         }
@@ -68,7 +80,17 @@ class GatedMLP(nnx.Module):
         self.fc1 = linear(in_features, 2 * hidden, **common)
         self.fc2 = linear(hidden, in_features if out_features is None else out_features, **common)
 
+    @torch_in_torch_out
     def __call__(self, x: Float[Array, "*L I"]) -> Float[Array, "*L O"]:
-        """The output, in `dtype` or else the dtype of `x`."""
+        """The output, in `dtype` or else the dtype of `x`.
+
+        Raises:
+            ValueError: wrong width. TypeError: `x` is not real floating point.
+        """
+        x, width = jnp.asarray(x), self.fc1.in_features
+        if x.shape[-1:] != (width,):
+            raise ValueError(f"GatedMLP expects input (..., {width}), got shape {x.shape}")
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise TypeError(f"GatedMLP expects real floating point input, got {x.dtype}")
         a, b = jnp.split(self.fc1(x), 2, -1)
         return self.fc2(a * self.activation(b)).astype(self.dtype or x.dtype)

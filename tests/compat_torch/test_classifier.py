@@ -151,6 +151,14 @@ def test_a_row_without_steps_pools_to_zero():
         assert make(pooling=kind)(noise(2, 0, 3)).shape == (2, 5)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_means_of_many_steps_in_half_precision(dtype):
+    x = jnp.full((1, 70001, 1), 1.375, dtype)
+    np.testing.assert_array_equal(SequencePooling("mean")(x)[0], [[1.375]])
+    np.testing.assert_array_equal(SequencePooling("mean")(x, 257)[0], [[1.375]])
+    np.testing.assert_array_equal(SequencePooling("mean", 70001)(x)[0], [[[1.375]]])
+
+
 # Lengths
 
 
@@ -392,6 +400,18 @@ def test_transformations():
     close(from_torch, small(x, lengths))
 
 
+def test_parts_take_torch_tensors():
+    x, ids = noise(2, 5, 4), np.array([[1, 2, 0]])
+    block = ClassifierBlock(4, 3, "LRU", dropout=0.0, is_final=True, rngs=nnx.Rngs(0))
+    tokens = TokenEmbedding(5, 4, dropout=0.0, rngs=nnx.Rngs(0))
+    for part, value in (
+        (block, x), (SequencePooling("mean"), x), (tokens, ids), (PositionEmbedding(3, 4, rngs=nnx.Rngs(0)), ids)
+    ):  # fmt: skip
+        found, wanted = jax.tree.leaves((part(torch.tensor(np.array(value))), part(value)))
+        assert isinstance(found, torch.Tensor)
+        close(found, wanted)
+
+
 def test_dtypes():
     model, x = make(lrnn_cls=["LRU", "Mamba"]), noise(2, 7, 3)
     y = call(model, x)
@@ -436,6 +456,10 @@ def test_dtypes():
         ({"lrnn_params": {"d_model": 5}}, "must keep the width d_model = 4, got d_model = 5"),
         ({"lrnn_cls": partial(lti.S4D, final_act=None, channels=2)}, "got d_output = 8"),
         ({"dropout": 1.5}, r"dropout must be in \[0, 1\], got 1.5"),
+        ({"dropout": "0.1"}, r"dropout must be in \[0, 1\], got '0.1'"),
+        ({"dropout": None}, r"dropout must be in \[0, 1\], got None"),
+        ({"vocab_size": 5, "padding_idx": 1.5}, r"padding_idx must be in \[-5, 5\), got 1.5"),
+        ({"d_model": np.int64(4)}, r"d_model must be a positive integer, got .*4.*; pass int\(d_model\)"),
         ({"embedding_dim": 4}, "embedding_dim need vocab_size"),
         ({"vocab_size": 5, "padding_idx": 5}, r"padding_idx must be in \[-5, 5\), got 5"),
         ({"reference": "original"}, "reference must be one of"),
@@ -451,6 +475,18 @@ def test_what_else_it_refuses():
         make(lrnn_cls="S5")
     with pytest.raises(TypeError, match="a layer must be a class, a name or"):
         make(lrnn_cls=3)
+    with pytest.raises(TypeError, match=r"functools\.partial, got an instance of LRU$"):
+        make(lrnn_cls=lti.LRU(4, 3, rngs=nnx.Rngs(0)))
+    for dtype in (jnp.int32, jnp.complex64, torch.float32, "bf16"):
+        with pytest.raises(TypeError, match="Classifier: param_dtype must be a real floating point dtype"):
+            make(param_dtype=dtype)
+    for sizes, name in (((0, 4), "vocab_size"), ((5, 0), "embedding_dim"), ((-1, 4), "vocab_size")):
+        with pytest.raises(ValueError, match=f"TokenEmbedding: {name} must be a positive integer"):
+            TokenEmbedding(*sizes)
+    with pytest.raises(ValueError, match="PositionEmbedding: max_position_embeddings must be a positive integer"):
+        PositionEmbedding(0, 4)
+    with pytest.raises(TypeError, match="PositionEmbedding: param_dtype must be a real floating point dtype"):
+        PositionEmbedding(3, 4, param_dtype=jnp.int32)
     with pytest.raises(ValueError, match="use_position=True needs max_position_embeddings"):
         TokenEmbedding(5, 4, use_position=True)
     with pytest.raises(ValueError, match=r"pooling_type must be one of .* with stride=2, got 'last'"):
@@ -472,7 +508,9 @@ def test_what_a_call_refuses():
         tokens(x[..., :2])
     with pytest.raises(TypeError, match="lengths must be integers, got float32"):
         model(x, jnp.ones(2))
-    with pytest.raises(ValueError, match=r"lengths must have shape \(B,\)"):
+    with pytest.raises(
+        ValueError, match=r"lengths must have shape \(B,\) = \(2,\), or be one integer, got shape \(3,\)"
+    ):
         model(x, jnp.ones(3, int))
     with pytest.raises(ValueError, match=r"needs a layer with an event mode .*, the layers are LRU"):
         model(x, integration_timesteps=jnp.ones((2, 5)))

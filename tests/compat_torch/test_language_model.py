@@ -286,6 +286,16 @@ def test_torch_ids_give_torch_logits():
         ({"mixer_types": ["LRU", "S5"], "mixer_kwargs": {}}, TypeError, "discretization"),
         ({"mixer_types": ["LRU", "S4D"], "mixer_kwargs": {"S4D": {"transposed": True}}}, ValueError, "transposed=True"),
         ({"vocab_size": 0}, ValueError, "vocab_size must be a positive integer"),
+        ({"d_intermediate": -5}, ValueError, "d_intermediate must be an integer, at least 0, got -5"),
+        ({"d_intermediate": 2.5}, ValueError, "d_intermediate must be an integer, at least 0, got 2.5"),
+        ({"mixer_kwargs": {"LRU": {"d_state": 9}}}, TypeError, r"arguments of LRU must not have \['d_state'\]"),
+        (
+            {"mixer_types": ["LRU", "attn"], "mixer_kwargs": {"attn": {"num_heads": 2, "device": "cuda"}}},
+            TypeError,
+            r"arguments of attn must not have \['device'\]",
+        ),
+        ({"dtype": jnp.int8}, TypeError, "LRNNLMHeadModel: dtype must be a real floating point dtype"),
+        ({"dtype": torch.bfloat16}, TypeError, r"dtype, such as jnp\.float32 or jnp\.bfloat16, got torch\.bfloat16"),
         ({"device": "cuda"}, ValueError, "device must be None or 'cpu'"),
     ],
 )
@@ -324,6 +334,9 @@ def test_caches_and_steps_that_do_not_fit_raise():
             model.prefill(ids, wrong)
         with pytest.raises(ValueError, match="must have one entry for each of the 2 layers"):
             model.step(ids[:, :1], wrong)
+    for entry in (0, 1):
+        with pytest.raises(ValueError, match="must have one entry for each of the 2 layers"):
+            model.prefill(ids, {**cache, entry: None})
     for width in (0, 2):
         with pytest.raises(ValueError, match=rf"step takes one token a row, \(B, 1\), got \(2, {width}\)"):
             model.step(ids[:, :width], cache)

@@ -11,7 +11,7 @@ from flax import nnx
 from oracles import torch_models
 
 import compat_torch
-from compat_torch.architectures.lru_unet import LRUUnet, UpPool1D
+from compat_torch.architectures.lru_unet import DownPool1D, LRUUnet, UpPool1D
 from compat_torch.errors import ReferenceDefectWarning
 
 
@@ -169,9 +169,40 @@ def test_what_the_constructor_refuses(kwargs, message):
         make(**kwargs)
 
 
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"channels": 8}, "channels must be a list of integers, one for each level, got 8"),
+        ({"resample_factors": 4}, "resample_factors must be a list of integers"),
+        ({"param_dtype": jnp.int32}, "param_dtype must be a real floating point dtype"),
+    ],
+)
+def test_arguments_of_other_types(kwargs, message):
+    with pytest.raises(TypeError, match=message):
+        make(**kwargs)
+
+
+@pytest.mark.parametrize(
+    ("part", "kwargs", "message"),
+    [
+        (DownPool1D, {"in_channels": 0}, "in_channels must be a positive integer"),
+        (DownPool1D, {"in_channels": 2, "downsample_factor": 0}, "downsample_factor must be a positive integer"),
+        (DownPool1D, {"in_channels": 2, "out_channels": 0}, "out_channels must be a positive integer, got 0"),
+        (UpPool1D, {"in_channels": 1}, "out_channels must be a positive integer, got 0"),
+        (UpPool1D, {"in_channels": 2, "upsample_factor": -1}, "upsample_factor must be a positive integer"),
+        (UpPool1D, {"in_channels": 2, "shift": -1}, "shift must be an integer, at least 0, got -1"),
+    ],
+)
+def test_sizes_of_the_parts(part, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        part(**kwargs)
+
+
 def test_what_a_call_refuses():
     model = make(reference="paper")
     with pytest.raises(ValueError, match=r"expects input \(B, C, T\) with C = in_channels = 2, got shape \(1, 7, 2\)"):
         model(noise(1, 7, 2))
     with pytest.raises(TypeError, match=r"real floating point input .*, got int32"):
         model(jnp.ones((1, 2, 7), jnp.int32))
+    with pytest.raises(ValueError, match="DownPool1D: the length must be a multiple of 3, got 8"):
+        DownPool1D(2, 3, rngs=nnx.Rngs(0))(noise(1, 8, 2))

@@ -1,5 +1,8 @@
 """compat_torch.layers: attention against torch's, its cache, the gated MLP and the block."""
 
+import copy
+import pickle
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -132,6 +135,40 @@ def test_what_it_cannot_do_raises():
         make().allocate_inference_cache(1, 4)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"mlp_dim": -3}, "mlp_dim must be an integer, at least 0, got -3"),
+        ({"d_conv": -1}, "d_conv must be an integer, at least 0, got -1"),
+        ({"head_dim": 0}, "head_dim must be a positive integer, got 0"),
+        ({"head_dim": 1.5}, "head_dim must be a positive integer, got 1.5"),
+        ({"rotary_emb_dim": 2.0}, "rotary_emb_dim must be an integer, at least 0, got 2.0"),
+        ({"rotary_emb_base": 0}, "rotary_emb_base must be positive, got 0"),
+        ({"num_heads": np.int64(4)}, r"num_heads must be a positive integer, got .*4.*; pass int\(num_heads\)"),
+    ],
+)
+def test_sizes_of_attention_that_are_none(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        make(**arguments)
+
+
+def test_caches_of_attention_that_do_not_fit():
+    layer, x = make(causal=True, d_conv=2), noise(2, 1, 8)
+    cache = layer.allocate_inference_cache(2, 4)
+    for name, shape in (("kv_cache", "2, 4, 2, 4, 2"), ("conv_state", "2, 24, 2"), ("seqlen_offset", "2,")):
+        for wrong in (None, np.zeros((1,)), layer.allocate_inference_cache(3, 4)[name]):
+            with pytest.raises(ValueError, match=rf"{name} must have shape \({shape}\) for this input|kv_cache must"):
+                layer.step(x, {**cache, name: wrong})
+        with pytest.raises(TypeError, match=f"{name} must be"):
+            layer.step(x, {**cache, name: cache[name].astype(jnp.int32 if name != "seqlen_offset" else jnp.float32)})
+        with pytest.raises(ValueError, match=r"must have the keys .*'conv_state', 'kv_cache', 'seqlen_offset'"):
+            layer(x, inference_cache={other: leaf for other, leaf in cache.items() if other != name})
+    with pytest.raises(ValueError, match=r"must have the keys .* got NoneType"):
+        layer.step(x, None)
+    with pytest.raises(ValueError, match=r"step takes one step, \(B, 1, H\), got shape \(2, 2, 8\)"):
+        layer.step(noise(2, 2, 8), cache)
+
+
 def test_the_gated_mlp_is_torchs():
     layer, x = GatedMLP(3, 5, 4, bias=True, multiple_of=4, rngs=nnx.Rngs(0)), noise(2, 3)
     w = {name: torch.from_numpy(np.array(v)) for name, v in {
@@ -142,6 +179,52 @@ def test_the_gated_mlp_is_torchs():
     expected = torch.nn.functional.linear(a * torch.nn.functional.silu(b), w["fc2.weight"], w["fc2.bias"])
     np.testing.assert_allclose(layer(x), expected, atol=2e-6)
     assert GatedMLP(6, rngs=nnx.Rngs(0)).fc1.out_features == 256
+
+
+def test_a_gated_mlp_can_be_copied_and_pickled():
+    layer, x = GatedMLP(3, 5, multiple_of=4, rngs=nnx.Rngs(0)), noise(2, 3)
+    for other in (pickle.loads(pickle.dumps(layer)), copy.deepcopy(layer)):
+        np.testing.assert_array_equal(other(x), layer(x))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"in_features": 0}, ValueError, "in_features must be a positive integer, got 0"),
+        ({"hidden_features": -5}, ValueError, "hidden_features must be a positive integer, got -5"),
+        ({"out_features": 0}, ValueError, "out_features must be a positive integer, got 0"),
+        ({"multiple_of": 0}, ValueError, "multiple_of must be a positive integer, got 0"),
+        ({"activation": "silu"}, TypeError, "activation must be a function, such as jax.nn.silu, got 'silu'"),
+        ({"dtype": jnp.int32}, TypeError, "GatedMLP: dtype must be a real floating point dtype"),
+        ({"param_dtype": torch.float32}, TypeError, r"param_dtype must be a real .* got torch\.float32"),
+    ],
+)
+def test_arguments_of_the_gated_mlp_that_are_none(arguments, error, message):
+    with pytest.raises(error, match=message):
+        GatedMLP(**{"in_features": 4, **arguments})
+
+
+def test_inputs_of_the_gated_mlp_that_do_not_fit():
+    layer = GatedMLP(3, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"expects input \(\.\.\., 3\), got shape \(2, 4\)"):
+        layer(noise(2, 4))
+    with pytest.raises(TypeError, match="expects real floating point input, got int32"):
+        layer(jnp.ones((2, 3), jnp.int32))
+
+
+def test_torch_tensors_come_back_as_torch_tensors():
+    x = np.array(noise(2, 5, 4))
+    attention, mlp = make(4, 2, causal=True), GatedMLP(4, 8, rngs=nnx.Rngs(1))
+    block = Block(4, lambda dim: LRU(dim, 3, rngs=nnx.Rngs(0)))
+    for layer in (attention, mlp, block):
+        y = layer(torch.from_numpy(x))
+        assert all(isinstance(leaf, torch.Tensor) for leaf in jax.tree.leaves(y))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), y, layer(x))
+    y, _ = attention.step(torch.from_numpy(x[:, :1]), attention.allocate_inference_cache(2, 3))
+    assert isinstance(y, torch.Tensor)
+    np.testing.assert_allclose(y, attention(x[:, :1]), atol=1e-6)
+    hidden, _, _ = block.step(torch.from_numpy(x[:, :1]), None, block.mixer.allocate_inference_cache(2))
+    assert isinstance(hidden, torch.Tensor)
 
 
 @pytest.mark.parametrize(("norm", "theirs"), [(layer_norm, torch.nn.LayerNorm), (rms_norm, torch.nn.RMSNorm)])

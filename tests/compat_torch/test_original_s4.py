@@ -332,6 +332,8 @@ def test_model_in_training_and_its_errors():
         model(jnp.ones((2, 7, 3), jnp.int32))
     with pytest.raises(ValueError, match="n_layers must be a positive integer, got 0"):
         S4Model(3, n_layers=0)
+    with pytest.raises(ValueError, match=r"S4Model: dropout must be in \[0, 1\], got '0.2'"):
+        S4Model(3, dropout="0.2")
 
 
 def test_dropout_is_before_and_after_the_activation():

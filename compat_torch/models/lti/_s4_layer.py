@@ -289,10 +289,7 @@ class S4Layer(LRNN):
                 "make one with allocate_inference_cache(batch_size)"
             )
         for name, leaf in wanted.items():
-            if cache[name].shape not in (leaf.shape, compact[name].shape):
-                raise ValueError(
-                    f"{self._name}: {name} must have shape {leaf.shape} for this input, got {cache[name].shape}"
-                )
+            self._check_leaf(cache, name, leaf.shape, compact[name].shape)
 
     def _compact(self, cache: Cache) -> Cache:
         return self._ssm.compact(cache)

@@ -48,11 +48,9 @@ class LTI_LRNN(LRNN):
                 f"{self._name}: inference_cache must have the keys {sorted(wanted)}, got {found}; "
                 "make one with allocate_inference_cache(batch_size)"
             )
-        shape = (batch, self._n_states)
-        if cache["lrnn_state"].shape != shape:
-            raise ValueError(
-                f"{self._name}: lrnn_state must have shape {shape} for this input, got {cache['lrnn_state'].shape}"
-            )
+        H, N = self.d_model, self._n_states
+        for name, shape in zip(("lrnn_state", *self._cache_names), ((batch, N), (N,), (N, H), (H, N)), strict=True):
+            self._check_leaf(cache, name, shape)
 
     @torch_in_torch_out
     def __call__(

@@ -292,11 +292,10 @@ class _Mixed(CentaurusBase):
                 f"{self._name}: inference_cache must have the keys {sorted(_MIXED_NAMES)}, got {found}; "
                 "make one with allocate_inference_cache(batch_size)"
             )
-        shape = (batch, self.d_state, self.sub_state_dim)
-        if cache["lrnn_state"].shape != shape:
-            raise ValueError(
-                f"{self._name}: lrnn_state must have shape {shape} for this input, got {cache['lrnn_state'].shape}"
-            )
+        state = (batch, self.d_state, self.sub_state_dim)
+        shapes = (state, *(array.shape for array in jax.eval_shape(self._mixing)))
+        for name, shape in zip(_MIXED_NAMES, shapes, strict=True):
+            self._check_leaf(cache, name, shape)
         return tuple(cache[name] for name in _MIXED_NAMES)
 
 

@@ -170,9 +170,5 @@ class LTV_LRNN(LRNN):
                 f"{self._name}: inference_cache must have the keys {sorted(wanted)}, got {found}; {advice}"
             )
         for name, leaf in wanted.items():
-            if cache[name].shape != leaf.shape:
-                raise ValueError(
-                    f"{self._name}: {name} must have shape {leaf.shape} for this input, "
-                    f"got {cache[name].shape}; {advice}"
-                )
+            self._check_leaf(cache, name, leaf.shape)
         return cache

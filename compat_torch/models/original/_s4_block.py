@@ -271,6 +271,7 @@ class S4Block(S4Layer):
 
     def default_state(self, batch_size: int) -> Array:
         """A zero state for so many rows: what `state=` takes."""
+        self._check_sizes(batch_size=batch_size)
         return self._zero_state(batch_size)["lrnn_state"]
 
     def _check_causal(self) -> None:

@@ -218,7 +218,13 @@ class S5(LRNN):
         return {"lrnn_state": self.initial_state(batch_size)}
 
     def initial_state(self, batch_size: int | None = None) -> Complex[Array, "*B P"]:
-        """A zero state (B, P), or (P,) without a batch size."""
+        """A zero state (B, P), or (P,) without a batch size.
+
+        Raises:
+            ValueError: `batch_size` is not a positive integer.
+        """
+        if batch_size is not None:
+            self._check_sizes(batch_size=batch_size)
         rows = () if batch_size is None else (batch_size,)
         dtype = jnp.result_type(state_dtype(self.seq.Lambda[...]), jnp.complex64)
         return jnp.zeros((*rows, self.state_width), dtype)
