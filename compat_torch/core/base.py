@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, get_args
+from typing import Any, ClassVar, get_args
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,7 @@ class LRNN(nnx.Module):
     reference: Reference
     d_model: int
     _time_axis: int = 1
+    _cache_advice: ClassVar[str] = "make one with allocate_inference_cache(batch_size)"
 
     def __init__(
         self,
@@ -62,8 +63,22 @@ class LRNN(nnx.Module):
     def _check_device(self, device: Any) -> None:
         check_device(self._name, device)
 
-    def _check_leaf(self, cache: Mapping[str, Any], name: str, *shapes: tuple[int, ...]) -> None:
-        leaf, advice = cache[name], "make one with allocate_inference_cache(batch_size)"
+    def _check_entries(
+        self, cache: Any, shapes: Mapping[str, Sequence[tuple[int, ...]]], exactly: bool = False
+    ) -> None:
+        """Raise unless the cache has entries with these names, and others only if not `exactly`, and one of the shapes
+        of each, the first being the usual one."""
+        fits = isinstance(cache, dict) and (cache.keys() == shapes.keys() if exactly else shapes.keys() <= cache.keys())
+        if not fits:
+            found = sorted(cache) if isinstance(cache, dict) else type(cache).__name__
+            raise ValueError(
+                f"{self._name}: inference_cache must have the keys {sorted(shapes)}, got {found}; {self._cache_advice}"
+            )
+        for name, allowed in shapes.items():
+            self._check_leaf(cache[name], name, allowed)
+
+    def _check_leaf(self, leaf: Any, name: str, shapes: Sequence[tuple[int, ...]]) -> None:
+        advice = self._cache_advice
         if (shape := getattr(leaf, "shape", None)) not in shapes:
             raise ValueError(f"{self._name}: {name} must have shape {shapes[0]} for this input, got {shape}; {advice}")
         counts = name == "seqlen_offset"

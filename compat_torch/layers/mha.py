@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -60,6 +60,8 @@ class MHA(LRNN):
     Source: arXiv:1706.03762, grouped queries arXiv:2305.13245, rotary positions arXiv:2104.09864; lrnnx 1.0.0
     `lrnnx.layers.mha`.
     """
+
+    _cache_advice: ClassVar[str] = "make one with allocate_inference_cache(batch_size, max_seqlen)"
 
     def __init__(
         self,
@@ -199,18 +201,12 @@ class MHA(LRNN):
 
     def _check_cache(self, cache: Cache, B: int, L: int) -> None:
         self._check_causal()
-        wanted = {"kv_cache", "seqlen_offset", *(("conv_state",) if self.d_conv else ())}
-        if not isinstance(cache, dict) or not wanted <= cache.keys():
-            found = sorted(cache) if isinstance(cache, dict) else type(cache).__name__
-            raise ValueError(
-                f"MHA: inference_cache must have the keys {sorted(wanted)}, got {found}; make one with "
-                "allocate_inference_cache(batch_size, max_seqlen)"
-            )
-        room = (*getattr(cache["kv_cache"], "shape", ()), 1, 1)[1]
-        self._check_leaf(cache, "kv_cache", (B, room, 2, self.num_heads_kv, self.head_dim))
-        self._check_leaf(cache, "seqlen_offset", (B,))
+        keys = cache.get("kv_cache") if isinstance(cache, dict) else None
+        room = (*getattr(keys, "shape", ()), 1, 1)[1]
+        shapes = {"kv_cache": [(B, room, 2, self.num_heads_kv, self.head_dim)], "seqlen_offset": [(B,)]}
         if self.d_conv:
-            self._check_leaf(cache, "conv_state", (B, self._qkv_dim, self.d_conv))
+            shapes["conv_state"] = [(B, self._qkv_dim, self.d_conv)]
+        self._check_entries(cache, shapes)
         if room < L:
             raise ValueError(f"MHA: the cache has room for {room} steps, got {L}: allocate it with a larger max_seqlen")
 

@@ -282,14 +282,7 @@ class S4Layer(LRNN):
     def _check_cache(self, cache: Cache, batch: int) -> None:
         wanted = jax.eval_shape(lambda: self._zeros_like(cache, batch))
         compact = jax.eval_shape(self._compact, wanted)
-        if not isinstance(cache, dict) or not wanted.keys() <= cache.keys():
-            found = sorted(cache) if isinstance(cache, dict) else type(cache).__name__
-            raise ValueError(
-                f"{self._name}: inference_cache must have the keys {sorted(wanted)}, got {found}; "
-                "make one with allocate_inference_cache(batch_size)"
-            )
-        for name, leaf in wanted.items():
-            self._check_leaf(cache, name, leaf.shape, compact[name].shape)
+        self._check_entries(cache, {name: (leaf.shape, compact[name].shape) for name, leaf in wanted.items()})
 
     def _compact(self, cache: Cache) -> Cache:
         return self._ssm.compact(cache)

@@ -41,16 +41,9 @@ class LTI_LRNN(LRNN):
         return self.d_state // 2 if self.conj_sym else self.d_state
 
     def _check_cache(self, cache: Cache, batch: int) -> None:
-        wanted = {"lrnn_state", *self._cache_names}
-        if not isinstance(cache, dict) or not wanted <= cache.keys():
-            found = sorted(cache) if isinstance(cache, dict) else type(cache).__name__
-            raise ValueError(
-                f"{self._name}: inference_cache must have the keys {sorted(wanted)}, got {found}; "
-                "make one with allocate_inference_cache(batch_size)"
-            )
         H, N = self.d_model, self._n_states
-        for name, shape in zip(("lrnn_state", *self._cache_names), ((batch, N), (N,), (N, H), (H, N)), strict=True):
-            self._check_leaf(cache, name, shape)
+        shapes = [(batch, N)], [(N,)], [(N, H)], [(H, N)]
+        self._check_entries(cache, dict(zip(("lrnn_state", *self._cache_names), shapes, strict=True)))
 
     @torch_in_torch_out
     def __call__(

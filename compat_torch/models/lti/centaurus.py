@@ -286,16 +286,9 @@ class _Mixed(CentaurusBase):
 
     def _checked(self, cache: Cache, batch: int) -> tuple[Array, ...]:
         """The arrays of a cache in the order of `_MIXED_NAMES`."""
-        if not isinstance(cache, dict) or not set(_MIXED_NAMES) <= cache.keys():
-            found = sorted(cache) if isinstance(cache, dict) else type(cache).__name__
-            raise ValueError(
-                f"{self._name}: inference_cache must have the keys {sorted(_MIXED_NAMES)}, got {found}; "
-                "make one with allocate_inference_cache(batch_size)"
-            )
-        state = (batch, self.d_state, self.sub_state_dim)
-        shapes = (state, *(array.shape for array in jax.eval_shape(self._mixing)))
-        for name, shape in zip(_MIXED_NAMES, shapes, strict=True):
-            self._check_leaf(cache, name, shape)
+        state = [(batch, self.d_state, self.sub_state_dim)]
+        shapes = (state, *([array.shape] for array in jax.eval_shape(self._mixing)))
+        self._check_entries(cache, dict(zip(_MIXED_NAMES, shapes, strict=True)))
         return tuple(cache[name] for name in _MIXED_NAMES)
 
 

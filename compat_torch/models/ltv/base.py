@@ -163,12 +163,5 @@ class LTV_LRNN(LRNN):
 
     def _checked(self, cache: Cache, batch: int) -> Cache:
         wanted = jax.eval_shape(lambda: self.allocate_inference_cache(batch))
-        advice = "make one with allocate_inference_cache(batch_size)"
-        if not isinstance(cache, dict) or cache.keys() != wanted.keys():
-            found = sorted(cache) if isinstance(cache, dict) else type(cache).__name__
-            raise ValueError(
-                f"{self._name}: inference_cache must have the keys {sorted(wanted)}, got {found}; {advice}"
-            )
-        for name, leaf in wanted.items():
-            self._check_leaf(cache, name, leaf.shape)
+        self._check_entries(cache, {name: [leaf.shape] for name, leaf in wanted.items()}, exactly=True)
         return cache
