@@ -1,12 +1,16 @@
-"""The process-wide random stream of constructors called without `rngs`."""
+"""Random streams of constructors: the process-wide one, and one that draws nothing of worth."""
 
 from __future__ import annotations
 
 import itertools
 import threading
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 from flax import nnx
+
+M = TypeVar("M", bound=nnx.Module)
 
 _lock = threading.Lock()
 _seed = 0
@@ -36,3 +40,35 @@ def default_rngs(rngs: nnx.Rngs | None) -> nnx.Rngs:
         return rngs
     with _lock:
         return nnx.Rngs(jax.random.fold_in(jax.random.key(_seed), next(_draws)))
+
+
+class OneKey:
+    """Random streams that all give the same key, for parameters that are about to be replaced.
+
+    `nnx.Rngs` counts its draws in a variable, which while tracing takes time quadratic in the number of draws.
+    """
+
+    def __init__(self, key: Any):
+        self._key = key
+
+    def __call__(self) -> Any:
+        return self._key
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self
+
+
+def alike(count: int, make: Callable[[], M], rngs: nnx.Rngs | OneKey) -> list[M]:
+    """`count` results of `make`, which draws from `rngs` and nothing else; from `OneKey` it is called once.
+
+    Args:
+        count: at least 0.
+        make: gives a new module each time; one as the other but for what is drawn.
+        rngs: what it draws from.
+    """
+    if not isinstance(rngs, OneKey) or count < 2:
+        return [make() for _ in range(count)]
+    first = make()
+    return [first, *(nnx.clone(first) for _ in range(count - 1))]

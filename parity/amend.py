@@ -23,7 +23,8 @@ from safetensors.numpy import load_file, save_file
 
 from .case import GOLDEN, Arrays, largest
 from .live_models import classifier
-from .live_run import everything_in_64_bits, gradients, import_class, in_float64, output_of
+from .live_run import import_class
+from .torch_run import everything_in_64_bits, gradients, in_float64, output_of
 
 LIMITS = {8: 1e-9, 4: 1e-6}
 """Largest difference by the bytes of an item, relative to max(1, max|array|): processors round differently."""

@@ -133,14 +133,14 @@ def _check_run(case: Case, subject: Subject, run: Run, precision: Precision, sco
             wide = jax.tree.map(lambda value: _cast(value, jnp.dtype(np.float64)), (params, x, inputs))
             r64 = np.asarray(forward(*wide))
         limit = 1e-2
-        if run.y_bfloat16 is not None and (own := _distance(run.y_bfloat16, r64, r64)) > limit:
+        if run.y_bfloat16 is not None and (own := distance(run.y_bfloat16, r64, r64)) > limit:
             limit = own
             scores.remarks.append(f"the reference in bfloat16 is off by {own:.2g}")
-        scores.add("forward", _distance(y, r64, r64), limit, run.name)
+        scores.add("forward", distance(y, r64, r64), limit, run.name)
         if case.recorded_in == precision:
             if run.step is not None:
                 steps = _to_float64(jax.jit(partial(subject.steps, case.kwargs))(params, x))
-                scores.add("step", _distance(steps, r64, r64), 1e-2, f"{run.name} step")
+                scores.add("step", distance(steps, r64, r64), 1e-2, f"{run.name} step")
             _check_tokens(case, subject, run, params, largest(y - run.y), scores)
         return
     if case.initial is not None:
@@ -153,13 +153,13 @@ def _check_run(case: Case, subject: Subject, run: Run, precision: Precision, sco
     if isinstance(subject, LanguageSubject) and precision == "float32":
         states = jax.jit(partial(subject.hidden_states, case.kwargs))(params, x)
         for i, (ours, theirs) in enumerate(zip(states, run.hidden_states, strict=True)):
-            distance = _distance(_to_float64(ours), theirs, theirs)
-            scores.add("forward", distance, 1e-5, f"{run.name} hidden_states.{i}")
+            off = distance(_to_float64(ours), theirs, theirs)
+            scores.add("forward", off, 1e-5, f"{run.name} hidden_states.{i}")
     _check_tokens(case, subject, run, params, largest(y - run.y), scores)
     if run.step is not None:
         by_steps = jax.jit(lambda params, x: subject.steps(case.kwargs, params, x, **inputs))
         steps = _to_float64(by_steps(params, x))
-        scores.add("step", _distance(steps, run.step, run.y), STEP_LIMIT, f"{run.name} step")
+        scores.add("step", distance(steps, run.step, run.y), STEP_LIMIT, f"{run.name} step")
     if run.w is not None:
         w = run.w.astype(dtype)
         trained = {name: value for name, value in params.items() if jnp.issubdtype(value.dtype, jnp.inexact)}
@@ -178,10 +178,10 @@ def check_forward(y: np.ndarray, run: Run, precision: Precision, scores: Scores)
     """Score outputs against those of the run."""
     scale = max(1.0, largest(run.y64))
     if precision == "float64":
-        scores.add("forward", _distance(y, run.y64, run.y64), 1e-10, run.name)
+        scores.add("forward", distance(y, run.y64, run.y64), 1e-10, run.name)
         return
     own = largest(run.y - run.y64)
-    scores.add("forward", _distance(y, run.y, run.y64), 1e-5 + 2 * own / scale, run.name)
+    scores.add("forward", distance(y, run.y, run.y64), 1e-5 + 2 * own / scale, run.name)
     size = largest(run.y64) or 1.0
     scores.add("relative", largest(y - run.y64) / size / (own / size + 4 * EPS32), 2.0, run.name)
 
@@ -205,10 +205,10 @@ def _check_tokens(case: Case, subject: Subject, run: Run, params: Arrays, error:
 def check_gradient(ours: np.ndarray, theirs: np.ndarray, exact: np.ndarray | None, what: str, scores: Scores) -> None:
     """Score one gradient against the reference's, or against the exact one where the reference is far from it."""
     limit = 5e-5
-    if exact is not None and (own := _distance(theirs, exact, exact)) > limit:
+    if exact is not None and (own := distance(theirs, exact, exact)) > limit:
         theirs, limit = exact, own
         scores.remarks.append(f"the reference's {what} is off by {own:.0e}: compared with its float64 gradient")
-    scores.add("gradient", _distance(ours, theirs, theirs), limit, what)
+    scores.add("gradient", distance(ours, theirs, theirs), limit, what)
 
 
 def paired(gradients: Arrays, stored: Arrays) -> Iterator[tuple[str, jax.Array, np.ndarray]]:
@@ -244,7 +244,12 @@ def _to_float64(array: jax.Array) -> np.ndarray:
     return np.asarray(array).astype(np.float64)
 
 
-def _distance(ours: np.ndarray, theirs: np.ndarray, scale_of: np.ndarray) -> float:
+def distance(ours: np.ndarray, theirs: np.ndarray, scale_of: np.ndarray) -> float:
+    """max|ours - theirs| / max(1, max|scale_of|).
+
+    Raises:
+        ValueError: they have different shapes.
+    """
     if ours.shape != theirs.shape:
         raise ValueError(f"expected shape {theirs.shape}, got {ours.shape}")
     return largest(ours - theirs) / max(1.0, largest(scale_of))

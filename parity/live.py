@@ -10,7 +10,8 @@ import numpy as np
 
 from .case import Case, amended
 from .live_models import model_cases
-from .live_run import INSTALL, ReferenceMissingError, import_class, in_float64, output_of, record, versions
+from .live_run import INSTALL, ReferenceMissingError, import_class, record, versions
+from .torch_run import in_float64, output_of
 
 __all__ = [
     "INSTALL",

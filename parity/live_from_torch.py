@@ -1,8 +1,8 @@
 """Does `from_torch` make the right module of a live one? `python -m parity.live_from_torch [--seed 1]`
 
-Every class of lrnnx, mamba_ssm and s5-pytorch that `from_torch` knows, with fresh random weights: the JAX module's
-outputs against those of the torch module, judged as in `parity.compare`. mamba_ssm is built without CUDA and without
-its dependencies (`make live`), and computes with its own functions for a CPU.
+Every class of lrnnx, mamba_ssm and s5-pytorch that `from_torch` knows, with fresh random weights: outputs and gradients
+of the JAX module against those of the torch module, by `parity.compare_modules`. mamba_ssm is built without CUDA and
+without its dependencies (`make live`), and computes with its own functions for a CPU.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ import sys
 import types
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from .case import Run
-from .compare import Row, Scores, check_forward
+from .compare import Row
 from .live import configurations, import_class
-from .live_run import ReferenceMissingError, in_float64, output_of
+from .live_run import ReferenceMissingError
+from .modules import compare_modules
 
 INSTALL = """pip install --no-deps s5-pytorch==0.2.1
 pip install transformers triton
@@ -118,40 +119,29 @@ def _lrnnx_models() -> Iterator[Live]:
 
 def check(live: Live, seed: int) -> Row:
     """Make it, convert it, run both. A reference that cannot be imported is a row that says so."""
-    import jax.numpy as jnp
     import torch
 
-    from compat_torch import from_torch
     from compat_torch.errors import ReferenceDefectWarning
 
     torch.manual_seed(seed)
     np.random.seed(seed)
-    scores, name = Scores(), (live.name, "from_torch")
+    nothing = (live.name, "from_torch", None, None, None, None)
     try:
         module = live.make().eval()
     except ReferenceMissingError as err:
-        return Row(*name, None, None, None, None, "unsupported", str(err))
+        return Row(*nothing, "unsupported", str(err))
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.mul_(1 + 0.05 * torch.randn_like(parameter))
-    tokens = len(live.shape) == 2
-    x = torch.randint(VOCABULARY, live.shape) if tokens else torch.randn(live.shape)
+    x = torch.randint(VOCABULARY, live.shape) if len(live.shape) == 2 else torch.randn(live.shape)
     x = x.transpose(1, 2).contiguous() if getattr(module, "transposed", False) else x
     inputs = {"integration_timesteps": 0.1 + 2 * torch.rand(live.shape[:2])} if live.event else {}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ReferenceDefectWarning)
-            ours = from_torch(module)
-        arrays = {key: jnp.asarray(value.numpy()) for key, value in inputs.items()}
-        y = np.asarray(output_of(ours(jnp.asarray(x.numpy()), **arrays)))
+            return replace(compare_modules(module, x, inputs=inputs), case=live.name)
     except Exception as err:
-        scores.notes.append(f"{type(err).__name__}: {err}")
-        return scores.row(*name)
-    with torch.no_grad():
-        y32 = output_of(module(x, **inputs)).numpy()
-    y64, _ = in_float64(module, x, inputs, torch.zeros(y32.shape))
-    check_forward(y.astype(np.float64), Run("forward", x.numpy(), y32, y64), "float32", scores)
-    return scores.row(live.name, f"{type(ours).__module__.split('.')[0]}.{type(ours).__name__}")
+        return Row(*nothing, "differs", f"{type(err).__name__}: {err}")
 
 
 def _import(name: str) -> Any:

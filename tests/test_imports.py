@@ -41,7 +41,7 @@ def test_torch_is_not_imported_unasked():
 def test_import_is_lazy():
     result = run("""
         import sys
-        import compat_torch, compat_torch.doctor, spyx
+        import compat_torch, compat_torch.doctor, parity, spyx
         assert not {"jax", "flax", "numpy"} & sys.modules.keys(), sys.modules.keys()
         assert "LRU" in dir(compat_torch) and "ssm" in dir(spyx)
         assert spyx.ssm.LRU and compat_torch.S5
@@ -51,11 +51,18 @@ def test_import_is_lazy():
 
 def test_unknown_names_are_attribute_errors():
     import compat_torch
+    import parity
     import spyx
 
-    for module in (compat_torch, spyx):
+    for module in (compat_torch, parity, spyx):
         with pytest.raises(AttributeError, match="nothing"):
             module.nothing  # noqa: B018
+
+
+def test_comparing_modules_names_its_extra():
+    result = run("import sys; sys.modules['torch'] = None; import parity; parity.assert_identical(None, None)")
+    assert result.returncode == 1
+    assert "pip install 'spyx-torch[torch]'" in result.stderr
 
 
 def test_upstream_spyx_is_refused_with_the_way_out(tmp_path):

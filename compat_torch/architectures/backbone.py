@@ -19,7 +19,7 @@ from ..core.layers import look_up, symmetric_uniform
 from ..interop import torch_in_torch_out
 from ..layers import MHA, Block, GatedMLP
 from ..layers.block import has_event_mode, layer_norm, normalise, rms_norm
-from ..random import default_rngs
+from ..random import OneKey, default_rngs
 from .causal_lm import as_tokens, check_layers, check_one_token, valid_tokens
 
 Caches = dict[int, Any]
@@ -259,7 +259,12 @@ def init_weights(
     *,
     rngs: nnx.Rngs,
 ) -> None:
-    """GPT-2's initialisation: small embeddings, no biases, projections into the residual scaled by depth."""
+    """GPT-2's initialisation: small embeddings, no biases, projections into the residual scaled by depth.
+
+    Nothing is drawn from `OneKey`.
+    """
+    if isinstance(rngs, OneKey):
+        return
     for path, module in nnx.iter_modules(model):
         if isinstance(module, nnx.Embed):
             embedding = module.embedding

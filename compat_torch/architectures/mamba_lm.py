@@ -19,7 +19,7 @@ from ..core.layers import look_up
 from ..layers.block import rms_norm
 from ..models.ltv.base import LTV_LRNN
 from ..models.ltv.mamba import MambaMixer
-from ..random import default_rngs
+from ..random import alike, default_rngs
 from .backbone import init_weights
 from .causal_lm import Caches, CausalLM, check_layers
 from .config import CausalLMConfig, choice, flag, integer, is_integer, number, setting
@@ -155,7 +155,9 @@ class RecurrentBackbone(nnx.Module):
         norm = partial(rms_norm, eps=config.layer_norm_epsilon, param_dtype=param_dtype)
         self._embedding_name = embedding_name
         setattr(self, embedding_name, nnx.Embed(config.padded_vocab_size, width, param_dtype=param_dtype, rngs=rngs))
-        self.layers = nnx.List(RecurrentBlock(norm(width), mixer(width), config.residual_in_fp32) for _ in range(depth))
+        self.layers = nnx.List(
+            alike(depth, lambda: RecurrentBlock(norm(width), mixer(width), config.residual_in_fp32), rngs)
+        )
         self.norm_f = norm(width)
         init_weights(self, depth, config.initializer_range, config.rescale_prenorm_residual, rngs=rngs)
 

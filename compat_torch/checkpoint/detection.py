@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -19,6 +19,8 @@ from .formats import FORMATS, TABLE, Fit, Format, Reading
 from .json_file import read_json
 from .s4_versions import upgrade
 from .state_dict import open_file, shorten, strip_prefixes
+
+V = TypeVar("V")
 
 logger = logging.getLogger("compat_torch")
 
@@ -144,7 +146,7 @@ def _config_beside(file: Path, tensors: Tensors) -> dict[str, Any] | None:
     return config
 
 
-def renamed(tensors: Tensors, rename: Sequence[tuple[str, str]], path: str) -> Tensors:
+def renamed(tensors: Mapping[str, V], rename: Sequence[tuple[str, str]], path: str) -> dict[str, V]:
     """Apply every (regular expression, replacement) to every name.
 
     Raises:
@@ -152,7 +154,7 @@ def renamed(tensors: Tensors, rename: Sequence[tuple[str, str]], path: str) -> T
     """
     if not all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in rename):
         raise ValueError(f"rename must be a list of (regular expression, replacement), got {rename!r}")
-    result: dict[str, np.ndarray] = {}
+    result: dict[str, V] = {}
     for name, value in tensors.items():
         target = name
         for pattern, replacement in rename:
@@ -324,9 +326,10 @@ def _layers(tensors: Tensors, limit: int = 5) -> list[tuple[str, str]]:
     """Sub-trees that fit a format exactly, as (prefix, format name); the outermost ones."""
     parents = {name.rsplit(".", cut)[0] for name in tensors for cut in range(1, min(4, name.count(".") + 1))}
     trees: dict[str, dict[str, np.ndarray]] = {parent: {} for parent in sorted(parents, key=_depth)[:300]}
+    lengths = {len(parent) for parent in trees}
     for name, value in tensors.items():
-        for dot in (place for place, character in enumerate(name) if character == "."):
-            if (tree := trees.get(name[:dot])) is not None:
+        for dot in lengths:
+            if name[dot : dot + 1] == "." and (tree := trees.get(name[:dot])) is not None:
                 tree[name[dot + 1 :]] = value
     found: list[tuple[str, str]] = []
     for parent, tree in trees.items():

@@ -14,10 +14,11 @@ import numpy as np
 
 from ..arrays import as_views, count_nonfinite
 from ..errors import CheckpointError, StateDictMismatchError
+from ..random import OneKey
 from .detection import Content, Detection, choose, constructor, describe, read_content
 from .formats import Fit, Format
 from .hub import locate
-from .placing import place
+from .placing import WORKERS, place
 from .state_dict import shorten
 
 if TYPE_CHECKING:
@@ -165,30 +166,13 @@ def _construct(content: Content, entry: Format, fit: Fit, arguments: dict[str, A
         raise CheckpointError(f"{content.path}: config.json does not make a {entry.name}: {err}") from err
 
 
-class _OneKey:
-    """Random streams that all give the same key, for parameters that are about to be replaced.
-
-    `nnx.Rngs` counts its draws in a variable, which while tracing takes time quadratic in the number of draws.
-    """
-
-    def __init__(self, key: Any):
-        self._key = key
-
-    def __call__(self) -> Any:
-        return self._key
-
-    def __getattr__(self, name: str) -> Any:
-        return self
-
-
 def _abstract(module_class: type, arguments: dict[str, Any]) -> Any:
     """The module with shapes in place of arrays."""
     import jax
     from flax import nnx
 
-    rngs = _OneKey(jax.random.key(0))
     with _no_collection():
-        return nnx.eval_shape(lambda: module_class(**arguments, rngs=rngs))
+        return nnx.eval_shape(lambda: module_class(**arguments, rngs=OneKey(jax.random.key(0))))
 
 
 @contextmanager
@@ -237,8 +221,9 @@ def _request(name: str, values: tuple[Any, ...]) -> str:
 
 def check_finite(tensors: Mapping[str, np.ndarray], path: str) -> None:
     """Raise CheckpointError if there are NaN or infinite values; the message says where and how many."""
-    counts = {name: count_nonfinite(value) for name, value in tensors.items()}
-    bad = [f"{name} ({count} of {tensors[name].size})" for name, count in counts.items() if count]
+    with ThreadPoolExecutor(WORKERS) as pool:
+        counts = zip(tensors, pool.map(count_nonfinite, tensors.values()), strict=True)
+    bad = [f"{name} ({count} of {tensors[name].size})" for name, count in counts if count]
     if bad:
         raise CheckpointError(
             f"{path} has NaN or infinite weights: {shorten(bad)}; allow_nonfinite=True loads them anyway"

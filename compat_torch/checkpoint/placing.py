@@ -15,7 +15,7 @@ from spyx.ops.dtypes import x64_enabled
 from .. import state
 from ..arrays import release, to_device
 
-_WORKERS = min(4, os.cpu_count() or 1)
+WORKERS = min(4, os.cpu_count() or 1)
 
 
 def place(module: nnx.Module) -> None:
@@ -39,6 +39,6 @@ def place(module: nnx.Module) -> None:
 
     variables = {id(entry.variable): entry.variable for entry in state.entries(module)}.values()
     waiting = [variable for variable in variables if isinstance(variable.get_value(), np.ndarray)]
-    with ThreadPoolExecutor(_WORKERS) as pool:
+    with ThreadPoolExecutor(WORKERS) as pool:
         for variable, array in zip(waiting, pool.map(copied, waiting), strict=True):
             variable.set_value(array)

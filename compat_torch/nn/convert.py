@@ -12,7 +12,7 @@ from flax import nnx
 
 from .. import interop
 from ..checkpoint.detection import Content, choose, describe
-from ..checkpoint.formats import TABLE, Format
+from ..checkpoint.formats import TABLE, Fit, Format
 from ._attributes import read_arguments, take_hints
 from .module import JaxModule
 
@@ -69,17 +69,8 @@ def from_torch(module: torch.nn.Module, *, dtype: Any = None, **kwargs: Any) -> 
         if kwargs or dtype is not None:
             raise TypeError(f"from_torch: a {type(module).__name__} of compat_torch.nn takes no further arguments")
         return module.to_jax()
-    path = f"{type(module).__module__}:{type(module).__qualname__}"
-    known = next((pattern for pattern in KNOWN if fnmatch.fnmatchcase(path, pattern)), None)
-    if known is None:
-        raise TypeError(
-            f"from_torch does not know {path}; it knows the modules of compat_torch.nn and "
-            + ", ".join(KNOWN)
-            + ". compat_torch.load reads a checkpoint by its names and shapes"
-        )
-    tensors = {name: interop.to_numpy(tensor) for name, tensor in module.state_dict().items()}
-    content = Content(path, tensors, _configuration(module), {}, (), ())
-    entry, fit, evidence = choose(content, KNOWN[known])
+    content, entry, fit, evidence = _recognised(module)
+    tensors, path = content.tensors, content.path
     given = {**_arguments(module, entry, kwargs), **kwargs}
     detection = describe(content, entry, fit, evidence, given)
     if detection.asks:
@@ -90,6 +81,29 @@ def from_torch(module: torch.nn.Module, *, dtype: Any = None, **kwargs: Any) -> 
     take_hints(result, module)
     result.train() if module.training else result.eval()
     return result
+
+
+def format_of(module: torch.nn.Module) -> Format | None:
+    """The format of the state_dict of a module that `from_torch` takes; None if its names are those of our classes.
+
+    Raises:
+        TypeError: the class is not known. CheckpointError: the parameters are not those of the class.
+    """
+    return None if isinstance(module, JaxModule) else _recognised(module)[1]
+
+
+def _recognised(module: torch.nn.Module) -> tuple[Content, Format, Fit, tuple[str, ...]]:
+    path = f"{type(module).__module__}:{type(module).__qualname__}"
+    known = next((pattern for pattern in KNOWN if fnmatch.fnmatchcase(path, pattern)), None)
+    if known is None:
+        raise TypeError(
+            f"from_torch does not know {path}; it knows the modules of compat_torch.nn and "
+            + ", ".join(KNOWN)
+            + ". compat_torch.load reads a checkpoint by its names and shapes"
+        )
+    tensors = {name: interop.to_numpy(tensor) for name, tensor in module.state_dict().items()}
+    content = Content(path, tensors, _configuration(module), {}, (), ())
+    return content, *choose(content, KNOWN[known])
 
 
 def _configuration(module: Any) -> dict[str, Any] | None:

@@ -34,7 +34,7 @@ def forward(kernels: Any, o: Options, steps: Steps, weights: Weights, masks: Mas
     steps, masks = in_blocks(o, steps, masks)
     p = prepare(o, steps, weights, masks.valid)
     y, h, starts = _run(kernels, o, p, steps, weights, masks, h0)
-    apart = o.chunk // _chunk(o, weights)
+    apart = o.segment // _chunk(o, weights)
     y = finish(y, p.u, steps.z, weights.D, masks.valid, steps.u.dtype)
     return y[:T].reshape(T, *shape), h.mT, starts[apart - 1 if o.reverse else 0 :: apart]
 
@@ -46,7 +46,7 @@ def backward(kernels: Any, o: Options, steps: Steps, weights: Weights, masks: Ma
     steps, masks, dy = in_blocks(o, steps, masks, dy)
     p, pull_prepare = jax.vjp(lambda s, w: prepare(o, s, w, masks.valid), steps, weights)
     y = jnp.zeros_like(p.u)
-    if steps.z is not None or _chunk(o, weights) < o.chunk:
+    if steps.z is not None or _chunk(o, weights) < o.segment:
         y, _, starts = _run(kernels, o, p, steps, weights, masks, starts[-1 if o.reverse else 0])
         y = y.astype(p.u.dtype)
 

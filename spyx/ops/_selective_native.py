@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from ._selective_step import Masks, Options, Steps, Weights, chunks
+from ._selective_step import Masks, Options, Steps, Weights, saved_states
 
 
 def fits(o: Options, steps: Steps, weights: Weights, h0) -> bool:
@@ -22,7 +22,7 @@ def forward_blocked(o: Options, steps: Steps, weights: Weights, masks: Masks, h0
     E, _, P = h0.shape
     T = steps.u.shape[0]
     operands, sizes = _operands(o, steps, weights, masks, h0.shape)
-    results = [_like(steps.u.shape), _like(h0.shape), _like((chunks(o, T), *h0.shape))]
+    results = [_like(steps.u.shape), _like(h0.shape), _like((saved_states(o, T), *h0.shape))]
     items = E * -(-P // selective.WIDTH)
     y, h, starts = invoke(selective.forward[_which(o, steps)], items, sizes, (*operands, h0), results)
     return y.astype(steps.u.dtype), h, starts
@@ -75,7 +75,7 @@ def _operands(o: Options, steps: Steps, weights: Weights, masks: Masks, shape):
     given = (steps.u, steps.dt, steps.dt_a, steps.B, steps.C, steps.z, weights.A, weights.D, weights.dt_bias)
     operands = [*map(wide, given), *(none if m is None else m for m in masks)]
     sizes = (
-        steps.u.shape[0], E, P, N, o.chunk, _groups(E, P, weights, masks),
+        steps.u.shape[0], E, P, N, o.chunk, o.segment // o.chunk, _groups(E, P, weights, masks),
         weights.A.shape[0] if weights.A.ndim == 3 else 1, o.reverse, o.softplus,
         weights.D is not None, weights.dt_bias is not None, steps.z is not None,
         *(0 if m is None else m.shape[1] for m in masks),

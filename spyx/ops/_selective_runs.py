@@ -1,6 +1,6 @@
 """The selective scan over all steps: forward and backward, in each method, as pure functions.
 
-Symbols and layouts are those of `_selective_step`; `block` is a multiple of `chunk` = K, T need not be one of either.
+Symbols and layouts are those of `_selective_step`; T need not be a multiple of any size.
 To put a kernel behind them, match `forward_blocked` and `backward_blocked`.
 """
 
@@ -27,6 +27,7 @@ from ._selective_step import (
     like,
     one_step,
     over_channels,
+    padding,
     prepare,
     read_out,
     transition,
@@ -48,39 +49,55 @@ def merge_time(tree):
 
 
 def in_blocks(o: Options, steps: Steps, masks: Masks, *others):
-    """Flat arguments, with steps that do nothing at the end for whole blocks: `(steps, masks, *others)`."""
+    """Flat arguments, with steps that do nothing at the end for whole blocks and segments."""
     T = steps.u.shape[0]
-    steps, others = flat(steps), [v.reshape(T, -1) for v in others]
-    padding = -T % o.block
-    if not padding:
+    steps, others, missing = flat(steps), [v.reshape(T, -1) for v in others], padding(o, T)
+    if not missing:
         return steps, masks, *others
 
     def pad(v):
-        return jnp.pad(v, [(0, padding)] + [(0, 0)] * (v.ndim - 1))
+        return jnp.pad(v, [(0, missing)] + [(0, 0)] * (v.ndim - 1))
 
     valid = jnp.ones((T, 1), bool) if masks.valid is None else masks.valid
     return jax.tree.map(pad, (steps, masks._replace(valid=valid), *others))
 
 
 def forward_blocked(o: Options, steps: Steps, weights: Weights, masks: Masks, h0):
-    """`(y, last state, starts)`: starts (chunks, E, N, P) are the states before each chunk, in scan direction."""
+    """`(y, last state, starts)`: starts (segments, E, N, P) are the states before each, in scan direction."""
+
+    def chunk(h, x):
+        return lax.scan(partial(one_step, o, weights), h, x, reverse=o.reverse)
+
     T, *shape = steps.u.shape
-    steps, masks = in_blocks(o, steps, masks)
+    y, h, starts = _over_segments(o, chunk, o.chunk, h0, in_blocks(o, steps, masks))
+    return y[:T].reshape(T, *shape), h, starts
+
+
+def _over_segments(o: Options, run, size: int, h0, xs):
+    """`(y, last state, state before each segment)` of run(h, xs) -> (last, y), in pieces of `size` steps."""
 
     @jax.checkpoint
-    def chunk(h, x):
-        last, y = lax.scan(partial(one_step, o, weights), h, x, reverse=o.reverse)
+    def segment(h, xs):
+        last, y = _in_pieces(o, run, size, h, xs)
         return last, (y, h)
 
-    h, (y, starts) = lax.scan(chunk, h0, split_time((steps, masks), o.chunk), reverse=o.reverse)
-    return merge_time(y)[:T].reshape(T, *shape), h, starts
+    h, (y, starts) = lax.scan(segment, h0, split_time(xs, o.segment), reverse=o.reverse)
+    return merge_time(y), h, starts
+
+
+def _in_pieces(o: Options, run, size: int, h, xs):
+    """run(h, xs) of a segment; derivatives hold what it computes for one piece at a time."""
+    if size >= o.segment:
+        return run(h, xs)
+    h, y = lax.scan(jax.checkpoint(run), h, split_time(xs, size), reverse=o.reverse)
+    return h, merge_time(y)
 
 
 def backward_blocked(o: Options, steps: Steps, weights: Weights, masks: Masks, starts, dy, dh):
     """Cotangents of (steps, weights, h0) from those of y and of the last state.
 
-    Chunk by chunk, against the direction of the scan: states of the chunk from the one saved before it, then
-    the adjoint recurrence dh_{t-1} = A_bar_t (dh_t + c_t dy_t).
+    Chunk by chunk, against the direction of the scan: states of the chunk from the one before it, then the adjoint
+    recurrence dh_{t-1} = A_bar_t (dh_t + c_t dy_t). A segment of many chunks is run through for their first states.
     """
     A, K, given = weights.A, o.chunk, steps
     steps, masks, dy = in_blocks(o, steps, masks, dy)
@@ -128,11 +145,21 @@ def backward_blocked(o: Options, steps: Steps, weights: Weights, masks: Masks, s
         add = partial(jax.tree.map, jnp.add)
         return (dh, (dA, add(dweights[1], dD), add(dweights[2], dw.dt_bias)), buffer), dsteps
 
+    def skim(h, xs):
+        return lax.scan(lambda h, x: (one_step(o, weights, h, x)[0], None), h, xs, reverse=o.reverse)[0], h
+
+    def segment(carry, x):
+        xs, start, dy = x
+        xs = split_time(xs, K)
+        starts = start[None] if o.segment == K else lax.scan(skim, start, xs, reverse=o.reverse)[1]
+        carry, dsteps = lax.scan(chunk, carry, (xs, starts, split_time(dy, K)), reverse=not o.reverse)
+        return carry, merge_time(dsteps)
+
     zeros = partial(jax.tree.map, jnp.zeros_like)
     buffer = jnp.zeros((K + 1, *dh.shape), dh.dtype)
     carry = (dh, (zeros(dh), zeros(weights.D), zeros(weights.dt_bias)), buffer)
-    xs = (split_time((steps, masks), K), starts, split_time(dy, K))
-    (dh, (dA, dD, dbias), _), dsteps = lax.scan(chunk, carry, xs, reverse=not o.reverse)
+    xs = (split_time((steps, masks), o.segment), starts, split_time(dy, o.segment))
+    (dh, (dA, dD, dbias), _), dsteps = lax.scan(segment, carry, xs, reverse=not o.reverse)
     return like(merge_time(dsteps), given), Weights(dA if A.ndim == 3 else dA.sum(0), dD, dbias), dh
 
 
@@ -159,33 +186,42 @@ def parallel_block(o: Options, weights: Weights, h, x):
     return states[last], (y, jnp.concatenate(kept))
 
 
+def _parallel(o: Options, weights: Weights, h, x):
+    h, (y, _) = parallel_block(o, weights, h, x)
+    return h, y
+
+
 def forward_associative(o: Options, steps: Steps, weights: Weights, masks: Masks, h0):
     """As `forward_blocked`, in parallel inside blocks of `o.block` steps: (block, E, N, P) at a time."""
     T, *shape = steps.u.shape
-    steps, masks = in_blocks(o, steps, masks)
-    block = jax.checkpoint(partial(parallel_block, o, weights))
-    h, (y, starts) = lax.scan(block, h0, split_time((steps, masks), o.block), reverse=o.reverse)
-    return merge_time(y)[:T].reshape(T, *shape), h, merge_time(starts)
+    xs = in_blocks(o, steps, masks)
+    if o.segment < o.block:
+        block = jax.checkpoint(partial(parallel_block, o, weights))
+        h, (y, starts) = lax.scan(block, h0, split_time(xs, o.block), reverse=o.reverse)
+        y, starts = merge_time((y, starts))
+    else:
+        y, h, starts = _over_segments(o, partial(_parallel, o, weights), o.block, h0, xs)
+    return y[:T].reshape(T, *shape), h, starts
 
 
 def backward_associative(o: Options, steps: Steps, weights: Weights, masks: Masks, starts, dy, dh):
     """As `backward_blocked`, in parallel inside blocks."""
-    given = steps
+    given, size = steps, max(o.block, o.segment)
     steps, masks, dy = in_blocks(o, steps, masks, dy)
 
-    def block(carry, x):
+    def segment(carry, x):
         dh, dweights = carry
         (steps, mask), start, dy = x
 
         def run(steps, weights, h):
-            h, (y, _) = parallel_block(o, weights, h, (steps, mask))
+            h, y = _in_pieces(o, partial(_parallel, o, weights), o.block, h, (steps, mask))
             return y, h
 
         dsteps, dw, dh = jax.vjp(run, steps, weights, start)[1]((dy, dh))
         return (dh, jax.tree.map(jnp.add, dweights, dw)), dsteps
 
-    count = o.block // o.chunk
-    xs = (split_time((steps, masks), o.block), starts[count - 1 if o.reverse else 0 :: count])
+    count = size // o.segment
+    xs = (split_time((steps, masks), size), starts[count - 1 if o.reverse else 0 :: count])
     zeros = jax.tree.map(jnp.zeros_like, weights)
-    (dh, dweights), dsteps = lax.scan(block, (dh, zeros), (*xs, split_time(dy, o.block)), reverse=not o.reverse)
+    (dh, dweights), dsteps = lax.scan(segment, (dh, zeros), (*xs, split_time(dy, size)), reverse=not o.reverse)
     return like(merge_time(dsteps), given), dweights, dh

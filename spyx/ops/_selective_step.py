@@ -19,7 +19,11 @@ _dot = partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 
 
 class Options(NamedTuple):
-    """What is fixed at trace time. `chunk` steps lie between saved states; a `block` is a multiple of it."""
+    """What is fixed at trace time, sizes in steps.
+
+    A `chunk` is what a backward pass holds the states of, a `block` of whole chunks what is done in parallel, and a
+    state is saved before each `segment`: a chunk, or whole blocks. What lies further apart is recomputed once more.
+    """
 
     discretization: str
     softplus: bool
@@ -28,6 +32,7 @@ class Options(NamedTuple):
     method: str
     chunk: int
     block: int
+    segment: int
 
 
 class Steps(NamedTuple):
@@ -69,9 +74,14 @@ class Masks(NamedTuple):
     reset: Any
 
 
-def chunks(o: Options, T: int) -> int:
-    """How many states are saved for T steps: one before each chunk, in whole blocks."""
-    return -(-T // o.block) * (o.block // o.chunk)
+def padding(o: Options, T: int) -> int:
+    """How many steps are missing to whole blocks and segments."""
+    return -T % max(o.block, o.segment)
+
+
+def saved_states(o: Options, T: int) -> int:
+    """How many states are saved for T steps: one before each segment, in whole blocks."""
+    return (T + padding(o, T)) // o.segment
 
 
 class Prepared(NamedTuple):

@@ -27,6 +27,8 @@ State = Float[Array, "B D N"] | Complex[Array, "B D N"]
 _PARALLEL_STEPS = 256
 _LEAST_CHUNK, _CHUNK_STATES = 16, 4096
 """Steps of a chunk: at least, and times N at most, since the backward pass holds the states of one in the cache."""
+_SAVED_STATES = 256
+"""How many states are kept for the backward pass, at most: its memory does not grow with T from there on."""
 
 
 def selective_scan(
@@ -226,12 +228,14 @@ class _Layout:
         return rows.mT.reshape(self.batch, self.channels, self.N)
 
 
-def _chunk_sizes(T: int, N: int) -> tuple[int, int]:
-    """Steps between saved states, about sqrt(T) for the least memory, and steps per parallel block."""
+def _sizes(T: int, N: int) -> tuple[int, int, int]:
+    """Steps of a chunk, about sqrt(T) for the least memory, of a parallel block, and between saved states."""
     most = max(_LEAST_CHUNK, min(_CHUNK_STATES // max(1, N), isqrt(T)))
     chunk = min(T, 1 << most.bit_length() - 1)
     blocks = -(-T // max(_PARALLEL_STEPS, chunk))
-    return chunk, -(-T // (blocks * chunk)) * chunk
+    block = -(-T // (blocks * chunk)) * chunk
+    few = _SAVED_STATES * chunk >= T
+    return chunk, block, chunk if few else -(-T // (_SAVED_STATES * block)) * block
 
 
 @partial(jax.jit, static_argnames=("discretization", "softplus", "conj_sym", "reverse", "method"))
@@ -242,8 +246,7 @@ def _selective_scan(steps, A, D, dt_bias, h0, reset, lengths, *, discretization,
     h0 = layout.rows(h0)
     if T == 0:
         return jnp.zeros(shape, dtype), layout.state(h0)
-    chunk, block = _chunk_sizes(T, layout.N)
-    o = Options(discretization, softplus, conj_sym, reverse, method, chunk, block)
+    o = Options(discretization, softplus, conj_sym, reverse, method, *_sizes(T, layout.N))
     valid = None if lengths is None else jnp.arange(T)[:, None] < lengths
     if reset is not None:
         reset = reset.reshape(T, -1)
@@ -256,7 +259,7 @@ def _selective_scan(steps, A, D, dt_bias, h0, reset, lengths, *, discretization,
 @partial(jax.jit, static_argnames=("discretization", "softplus", "conj_sym"))
 def _update(steps, A, D, dt_bias, state, *, discretization, softplus, conj_sym):
     layout = _Layout(steps, A, D, dt_bias, state)
-    o = Options(discretization, softplus, conj_sym, False, "sequential", 1, 1)
+    o = Options(discretization, softplus, conj_sym, False, "sequential", 1, 1, 1)
     weights = layout.weights(A, D, dt_bias)
     step = jax.tree.map(jnp.ravel, layout.steps(steps))
     h, y = one_step(o, weights, layout.rows(state), (step, Masks(None, None)))

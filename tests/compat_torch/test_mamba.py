@@ -17,7 +17,7 @@ from compat_torch.models.ltv import Mamba
 
 DISCRETIZATIONS = ("mamba", "zoh", "bilinear", "dirac")
 QUICK = settings(max_examples=2, deadline=None, derandomize=True)
-WIDE = settings(max_examples=60, deadline=None)
+WIDE = settings(max_examples=25, deadline=None)
 
 
 def make(d_model=3, d_state=2, seed=0, **kwargs):

@@ -11,7 +11,7 @@ from hypothesis import settings
 from compat_torch import decode
 
 QUICK = settings(max_examples=2, deadline=None, derandomize=True)
-WIDE = settings(max_examples=60, deadline=None)
+WIDE = settings(max_examples=25, deadline=None)
 
 
 def noise(*shape, seed=0, dtype=jnp.float32):

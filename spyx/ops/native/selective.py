@@ -3,9 +3,9 @@
 There is a kernel for each discretization, with and without a step size of its own for A (`event`), compiled when
 first used. An item is one row e of E = B * G and `WIDTH` of its P channels; the state of so many channels stays in the
 cache nearest to the core. Arrays are flat; layouts as in `spyx.ops._selective_step`: u, dt, dt_a, z, y (T, E P), b, c
-(T, E N), A (N, P) or (E, N, P), states (E, N, P), the states before each chunk of K steps (ceil(T / K), E, N, P), D and
-dt_bias (G P), valid (T, B), reset (T, E) or (T, 1). What is absent is one element that is never read; the
-table of sizes says so.
+(T, E N), A (N, P) or (E, N, P), states (E, N, P), the states before each segment of S chunks of K steps
+(ceil(T / (K S)), E, N, P), D and dt_bias (G P), valid (T, B), reset (T, E) or (T, 1). What is absent is one element
+that is never read; the table of sizes says so.
 
 All items of a row add to the same cotangents of b and c, in the order of their channels, each some steps behind the
 one before it: the sums are the same on any number of threads, and no item keeps sums of its own.
@@ -31,9 +31,9 @@ _GROUP = 8
 _one = np.float32(1)
 
 # The table, after the kernel's number and the number of items.
-_T, _E, _P, _N, _K, _G, _A_ROWS, _REVERSE, _SOFTPLUS = range(2, 11)
-_HAS_D, _HAS_BIAS, _HAS_Z, _VALID_ROWS, _RESET_ROWS = range(11, 16)
-_SIZES = 16
+_T, _E, _P, _N, _K, _S, _G, _A_ROWS, _REVERSE, _SOFTPLUS = range(2, 12)
+_HAS_D, _HAS_BIAS, _HAS_Z, _VALID_ROWS, _RESET_ROWS = range(12, 17)
+_SIZES = 17
 
 
 @njit
@@ -84,6 +84,22 @@ def _cleared(table, reset, t, e):
     return rows > 0 and reset[t * rows + e % rows] != 0
 
 
+@njit
+def _visit(table, k, v):
+    """Visit v of 2 S - 1 in the segment that is k-th against the direction of the scan, through its chunks and back.
+
+    `(segment, chunk, place of the chunk in the segment in scan direction, chunks left on the way through)`; back, what
+    is left is negative; the place is negative where a segment has fewer visits.
+    """
+    span = table[_K] * table[_S]
+    segments, reverse = (table[_T] + span - 1) // span, table[_REVERSE]
+    segment = k if reverse else segments - 1 - k
+    members = min(table[_S], (table[_T] - segment * span + table[_K] - 1) // table[_K])
+    left = members - 1 - v
+    place = members - 1 - abs(left)
+    return segment, segment * table[_S] + (members - 1 - place if reverse else place), place, left
+
+
 def _kernels(make: Callable[[int, bool], Callable[[int, int], None]]) -> dict[tuple[str, bool], int]:
     """The number of each kernel by (discretization, event)."""
 
@@ -101,8 +117,8 @@ def _forward(kind: int, event: bool):
     def forward(item, buffers):
         at = words(buffers, 16)
         table = ints(at[0], _SIZES)
-        T, E, P, N, K, group = table[_T], table[_E], table[_P], table[_N], table[_K], table[_G]
-        blocks = (P + WIDTH - 1) // WIDTH
+        T, E, P, N, group = table[_T], table[_E], table[_P], table[_N], table[_G]
+        segment, blocks = table[_K] * table[_S], (P + WIDTH - 1) // WIDTH
         e, first = item // blocks, item % blocks * WIDTH
         width = min(WIDTH, P - first)
         valid, reset = flags(at[10], T * table[_VALID_ROWS]), flags(at[11], T * table[_RESET_ROWS])
@@ -125,9 +141,9 @@ def _forward(kind: int, event: bool):
         for i in range(T):
             t = T - 1 - i if table[_REVERSE] else i
             here = (t * E + e) * P + first
-            if i == 0 or t % K == (K - 1 if table[_REVERSE] else 0):
+            if i == 0 or t % segment == (segment - 1 if table[_REVERSE] else 0):
                 for n in range(N):
-                    _store(at[15], ((t // K * E + e) * N + n) * P + first, h[n], width)
+                    _store(at[15], ((t // segment * E + e) * N + n) * P + first, h[n], width)
             if _skipped(table, valid, t, e):
                 y[:] = 0
                 _store(at[13], here, y, width)
@@ -173,6 +189,8 @@ def _forward(kind: int, event: bool):
 def _backward(kind: int, event: bool):
     """The adjoint of `forward`, chunk by chunk against the direction of the scan, states recomputed in each.
 
+    A segment of several chunks is run through once before, to know the state before each of them.
+
     Operands: table, u, dt, dt_a, b, c, z, A, D, dt_bias, valid, reset, starts, dy, dh, zeros. Results,
     cotangents: u, dt, dt_a, b, c, z, A by row (E, N, P), D and dt_bias by row (E, P), h0; and, in place of the zeros,
     (E, blocks) words, the steps that each item has done.
@@ -182,7 +200,7 @@ def _backward(kind: int, event: bool):
     def backward(item, buffers):
         at = words(buffers, 27)
         table = ints(at[0], _SIZES)
-        T, E, P, N, K, group = table[_T], table[_E], table[_P], table[_N], table[_K], table[_G]
+        T, E, P, N, K, S, group = table[_T], table[_E], table[_P], table[_N], table[_K], table[_S], table[_G]
         e, block, blocks = item % E, item // E, (P + WIDTH - 1) // WIDTH
         first, done = block * WIDTH, at[26] + 8 * (e * blocks + block)
         width = min(WIDTH, P - first)
@@ -191,6 +209,7 @@ def _backward(kind: int, event: bool):
 
         states, keys = np.empty((K + 1, N, WIDTH), np.float32), np.empty((K, N, WIDTH), np.float32)
         states[0] = 0
+        starts = np.empty((S, N, WIDTH), np.float32)
         us, raws = np.zeros((K, WIDTH), np.float32), np.zeros((K, WIDTH), np.float32)
         dts, ys = np.zeros((K, WIDTH), np.float32), np.zeros((K, WIDTH), np.float32)
         steps = np.zeros((K, WIDTH), np.float32) if event else dts
@@ -212,12 +231,19 @@ def _backward(kind: int, event: bool):
         if table[_HAS_BIAS]:
             _load(bias, at[9], e % group * P + first, width)
 
-        chunks, finished = (T + K - 1) // K, 0
-        for k in range(chunks):
-            chunk = k if table[_REVERSE] else chunks - 1 - k
+        visits, finished = 2 * S - 1, 0
+        for k in range((T + K * S - 1) // (K * S) * visits):
+            segment, chunk, place, left = _visit(table, k // visits, k % visits)
             count = min(K, T - chunk * K)
-            for n in range(N):
-                _load(states[0, n], at[12], ((chunk * E + e) * N + n) * P + first, width)
+            if place < 0:
+                continue
+            if k % visits == 0:
+                for n in range(N):
+                    _load(states[0, n], at[12], ((segment * E + e) * N + n) * P + first, width)
+            if left >= 0:
+                starts[place] = states[0]
+            else:
+                states[0] = starts[place]
             for j in range(count):
                 t = chunk * K + (count - 1 - j if table[_REVERSE] else j)
                 here = (t * E + e) * P + first
@@ -258,6 +284,9 @@ def _backward(kind: int, event: bool):
                             states[j + 1, n, p] = kept + drive[p] * b[n] * (rest[p] if gain_varies else _one)
                     for p in range(WIDTH):
                         ys[j, p] += states[j + 1, n, p] * c[n]
+            if left > 0:
+                states[0] = states[count]
+                continue
 
             for begin in range(0, count, _GROUP):
                 end = min(begin + _GROUP, count)

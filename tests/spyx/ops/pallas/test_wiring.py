@@ -233,10 +233,12 @@ def test_the_dual_kernels_under_vmap(platform):
 
 @pytest.mark.parametrize("kernels", [tpu, gpu], ids=["tpu", "gpu"])
 @pytest.mark.parametrize(
-    ("discretization", "reverse", "gated"),
-    [("mamba", False, True), ("mamba", True, False), ("zoh", False, False), ("zoh", True, True)],
+    ("discretization", "reverse", "gated", "segment"),
+    [("mamba", False, True, 16), ("mamba", True, False, 32), ("zoh", False, False, 32), ("zoh", True, True, 16)],
 )
-def test_the_selective_kernels_stand_in_for_the_plain_form(kernels, reverse, discretization, gated, monkeypatch):
+def test_the_selective_kernels_stand_in_for_the_plain_form(
+    kernels, reverse, discretization, gated, segment, monkeypatch
+):
     """Bias, softplus, gate, feedthrough, lengths and resets around the kernels, values and cotangents; steps that are
     no whole blocks, and states saved further apart than the kernels' own chunks."""
     T, chunk, block = 27, 16, 32
@@ -244,7 +246,7 @@ def test_the_selective_kernels_stand_in_for_the_plain_form(kernels, reverse, dis
     names = ("selective_scan_forward", "selective_scan_backward")
     run = types.SimpleNamespace(**{name: partial(getattr(kernels, name), interpret=True) for name in names})
     run.selective_scan_fits = kernels.selective_scan_fits
-    options = Options(discretization, True, False, reverse, "auto", chunk, block)
+    options = Options(discretization, True, False, reverse, "auto", chunk, block, segment)
     flat = (noise(T, BATCH * WIDTH, seed=i) for i in range(3))
     vectors = (noise(T, BATCH * N, seed=i) for i in (3, 4))
     u, dt, z = flat
@@ -265,7 +267,7 @@ def test_the_selective_kernels_stand_in_for_the_plain_form(kernels, reverse, dis
 def test_what_the_selective_kernels_do_not_take():
     steps = Steps(*(noise(8, WIDTH) for _ in range(2)), None, noise(8, N), noise(8, N), None)
     weights, h0 = Weights(-jnp.ones((N, WIDTH)), None, None), jnp.zeros((1, N, WIDTH))
-    options = Options("mamba", False, False, False, "auto", 8, 8)
+    options = Options("mamba", False, False, False, "auto", 8, 8, 8)
 
     def fits(kernels=tpu, o=options, s=steps, w=weights, h=h0):
         return _selective_kernels.fits(kernels, o, s, w, h)
