@@ -165,13 +165,14 @@ def test_ties_of_a_wrong_type_are_refused(tmp_path, case, name, with_head, value
 
 
 def unet(**kwargs: Any) -> Any:
-    sizes = {"in_channels": 2, "out_channels": 1, "channels": [4, 6], "resample_factors": [3, 2], "reference": "paper"}
+    # Eight channels: a LayerNorm of two is a step function of their difference, and float32 errors grow 300-fold.
+    sizes = {"in_channels": 8, "out_channels": 1, "channels": [9, 10], "resample_factors": [3, 2], "reference": "paper"}
     return LRUUnet(**{**sizes, **kwargs}, rngs=nnx.Rngs(int(np.random.default_rng().integers(1 << 30))))
 
 
 @pytest.mark.parametrize("ending", ["pt", "safetensors"])
 def test_a_unet_of_lrnnx(tmp_path, ending):
-    oracle = torch_models.load(torch_models.Unet(2, 1, (4, 6), (3, 2), (1, 2)), unet().state_dict()).float()
+    oracle = torch_models.load(torch_models.Unet(8, 1, (9, 10), (3, 2), (1, 2)), unet().state_dict()).float()
     weights, path = oracle.state_dict(), tmp_path / f"w.{ending}"
     if ending == "pt":
         torch.save({"state_dict": {f"model.{name}": value for name, value in weights.items()}}, path)
@@ -183,8 +184,8 @@ def test_a_unet_of_lrnnx(tmp_path, ending):
         load(path)
     model: Any = load(path, causal=True, reference="paper")
     sizes = (model.in_channels, model.out_channels, model.channels, model.resample_factors)
-    assert sizes == (2, 1, (2, 4, 6), (3, 2))
-    x = np.random.default_rng().standard_normal((2, 2, 11), np.float32)
+    assert sizes == (8, 1, (8, 9, 10), (3, 2))
+    x = np.random.default_rng().standard_normal((2, 8, 11), np.float32)
     expected = oracle.double()(torch.from_numpy(x).double()).detach().numpy()
     y = nnx.jit(lambda model, x: model(x))(model, jnp.asarray(x))
     np.testing.assert_allclose(y, expected, atol=1e-5 * max(1, np.abs(expected).max()), rtol=0)
@@ -214,7 +215,7 @@ def test_a_unet_with_a_level_missing_or_of_another_width(tmp_path):
     with pytest.raises(StateDictMismatchError, match=r"missing: up_ssms\.1\.0\.deconv\.weight"):
         load(tmp_path / "w.safetensors", causal=True)
     save_file(weights | {"up_ssms.0.1.1.norm.bias": np.ones(5, "f4")}, tmp_path / "w.safetensors")
-    with pytest.raises(StateDictMismatchError, match=r"up_ssms\.0\.1\.1\.norm\.bias: expected float32\[4\]"):
+    with pytest.raises(StateDictMismatchError, match=r"up_ssms\.0\.1\.1\.norm\.bias: expected float32\[9\]"):
         load(tmp_path / "w.safetensors", causal=True, reference="paper")
 
 
