@@ -1,4 +1,4 @@
-"""The compiled kernel of a small RG-LRU block behind arrays."""
+"""The compiled kernel of an RG-LRU block behind arrays."""
 
 from __future__ import annotations
 
@@ -8,16 +8,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-MOST_WEIGHTS = 1 << 16
-"""More do not stay next to a core through all steps, and make products that XLA shares out over the cores."""
+_STEPS = 48
+"""Steps of an item, which stay next to a core: a multiple of the rows that `native.products` takes at a time."""
 Affine = tuple[Float[Array, "in out"], Float[Array, " out"] | None]
 
 
 def fits(x: Float[Array, "T B H"], projections: Sequence[Affine], *others: Array | None) -> bool:
-    """Whether `forward` takes these values, and gains by it."""
-    leaves = jax.tree.leaves((x, projections, others))
-    few = sum(matrix.size for matrix, _ in projections) <= MOST_WEIGHTS
-    return few and x.size > 0 and all(v.dtype == jnp.float32 for v in leaves)
+    """Whether `forward` takes these values."""
+    return x.size > 0 and all(v.dtype == jnp.float32 for v in jax.tree.leaves((x, projections, others)))
 
 
 def forward(
@@ -43,16 +41,23 @@ def forward(
     """
     from .native import rglru
     from .native.custom_call import invoke
+    from .native.memory import LINE
+    from .native.products import packed
 
     (T, B, H), (K, D) = x.shape, taps.shape
     conv_state, h = before or (jnp.zeros((B, D, K), x.dtype), jnp.zeros((B, D), x.dtype))
-    affine = [v for matrix, bias in projections for v in (matrix, _or_zero(bias, matrix.shape[1]))]
+    matrices = packed(*(matrix for matrix, _ in projections))
+    biases = [_or_zero(bias, matrix.shape[1]) for matrix, bias in projections]
+    affine = [v for pair in zip(matrices, biases, strict=True) for v in pair]
+    done = jnp.zeros((B, LINE), jnp.int32)
     operands = (
         jnp.swapaxes(x, 0, 1), jnp.full((B,), T, jnp.int32) if lengths is None else lengths.astype(jnp.int32), *affine,
-        taps, _or_zero(conv_bias, D), a_log, jnp.full((1,), c, jnp.float32), jnp.swapaxes(conv_state, 1, 2), h,
+        taps, _or_zero(conv_bias, D), a_log, jnp.full((1,), c, jnp.float32), jnp.swapaxes(conv_state, 1, 2), h, done,
     )  # fmt: skip
     results = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((B, T, H), (B, K, D), (B, D))]
-    y, conv_state, h = invoke(rglru.forward, B, (T, H, D, K), operands, results)
+    results.append(jax.ShapeDtypeStruct(done.shape, done.dtype))
+    items = B * -(-T // _STEPS)
+    y, conv_state, h, _ = invoke(rglru.forward, items, (T, B, H, D, K, _STEPS), operands, results, {len(operands): 3})
     return jnp.swapaxes(y, 0, 1), jnp.swapaxes(conv_state, 1, 2), h
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
+
+_STEPS = 48
+"""Steps of an item, which stay next to a core: a multiple of the rows that `native.products` takes at a time."""
 
 
 def fits(*values: Array) -> bool:
@@ -12,46 +15,44 @@ def fits(*values: Array) -> bool:
     return all(v.dtype == jnp.float32 and v.size > 0 for v in values)
 
 
-def inputs(
-    x: Float[Array, "T B H"], W_in: Float[Array, "H H"], W: Float[Array, "H J"], base: Float[Array, " N"]
-) -> tuple[Float[Array, "T B H"], Float[Array, "T B N"], Float[Array, "T B N"]]:
-    """u = x W_in, and decays and inputs of the recurrence.
+def forward(
+    x: Float[Array, "T B H"],
+    W_in: Float[Array, "H H"],
+    W: Float[Array, "H J"],
+    W_gate: Float[Array, "H H"],
+    base: Float[Array, " N"],
+    h0: Float[Array, "B N"] | None,
+    lengths: Int[Array, " B"] | None,
+) -> tuple[Float[Array, "T B H"], Float[Array, "B N"]]:
+    """x + sigmoid(gelu(y) W_gate) y of y = C h + D u, u = x W_in, and the last h.
 
     Args:
         x: input.
         W_in: matrix of the input.
         W: that makes A, B [h, n], C [h, n], D and the bias of u, J = 2 N + 2 H N + H.
+        W_gate: matrix of the gate.
         base: the constant part of A.
+        h0: state before the first step; None is zero.
+        lengths: valid steps of each row; None is all.
     """
     from .native import s7
+    from .native.custom_call import invoke
+    from .native.memory import LINE
+    from .native.products import packed
+
+    def like(*shape, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct(shape, dtype)
 
     (T, B, H), N = x.shape, base.shape[0]
-    u, decay, drive = _invoke(
-        s7.inputs, (T, B, H, N), (jnp.swapaxes(x, 0, 1), W_in, W, base), [(B, T, H), (T, B, N), (T, B, N)]
-    )
-    return jnp.swapaxes(u, 0, 1), decay, drive
-
-
-def outputs(
-    x: Float[Array, "T B H"],
-    u: Float[Array, "T B H"],
-    h: Float[Array, "T B N"],
-    W: Float[Array, "H J"],
-    W_gate: Float[Array, "H H"],
-) -> Float[Array, "T B H"]:
-    """x + sigmoid(gelu(y) W_gate) y of y = C h + D u."""
-    from .native import s7
-
-    (T, B, H), N = x.shape, h.shape[-1]
-    C = jnp.swapaxes(W[:, N + H * N : N + 2 * H * N].reshape(H, H, N), 1, 2)
-    operands = (jnp.swapaxes(x, 0, 1), jnp.swapaxes(u, 0, 1), h, W, C, W_gate)
-    (y,) = _invoke(s7.outputs, (T, B, H, N), operands, [(B, T, H)])
-    return jnp.swapaxes(y, 0, 1)
-
-
-def _invoke(number, sizes, operands, shapes):
-    from .native import s7
-    from .native.custom_call import invoke
-
-    items = sizes[1] * -(-sizes[0] // s7.STEPS)
-    return invoke(number, items, sizes, operands, [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes])
+    sizes = T, B, H, N, _STEPS
+    quadratic, bilinear = invoke(s7.prepare, s7.padded(H), sizes, (W,), [like(n) for n in s7.sizes(H, N)])
+    linear = jnp.concatenate([W[:, :N], W[:, -N:], W[:, -N - H : -N]], 1)
+    matrix_in, linear, gate = packed(W_in, linear, W_gate)
+    done = jnp.zeros((B, LINE), jnp.int32)
+    operands = (
+        jnp.swapaxes(x, 0, 1), jnp.full((B,), T, jnp.int32) if lengths is None else lengths.astype(jnp.int32),
+        matrix_in, linear, quadratic, bilinear, gate, base, jnp.zeros((B, N), x.dtype) if h0 is None else h0, done,
+    )  # fmt: skip
+    results = [like(B, T, H), like(B, N), like(*done.shape, dtype=done.dtype)]
+    y, h, _ = invoke(s7.forward, -(-T // _STEPS) * B, sizes, operands, results, {len(operands): 2})
+    return jnp.swapaxes(y, 0, 1), h

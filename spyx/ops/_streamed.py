@@ -13,7 +13,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from ._blocked import cut, factor, over_blocks, previous, quarter_turn, run, run_adjoint
+from . import _diagonal_native
+from ._blocked import cut, factor, join, over_blocks, previous, quarter_turn, run, run_adjoint
+from ._diagonal_native import STEPS
 from .dispatch import platform_primitive
 
 _BLOCK_BYTES = 4 << 20
@@ -32,17 +34,22 @@ class System(NamedTuple):
 
 
 def block_length(system: System, u, h0) -> int:
-    """Steps per block: few enough for the cache and for little memory, many enough for good GEMMs."""
+    """Steps per block, a multiple of `STEPS`: few enough for the cache and for little memory, many for good GEMMs."""
     T, B, H = u.shape
     _, N, K = system.C.shape
     row_bytes = (h0.shape[1] * N + H + K) * h0.dtype.itemsize
     rows = min(_MAX_ROWS, _BLOCK_BYTES // max(1, row_bytes), -(-T * B // _MIN_BLOCKS))
-    return max(1, min(T, rows // max(1, B)))
+    return min(T, STEPS * max(1, rows // (STEPS * max(1, B))))
 
 
-def saved_states(system: System, u, h0):
-    """Zeros for the states before the blocks: (blocks, B, P, N)."""
-    return jnp.zeros((-(-u.shape[0] // block_length(system, u, h0)), *h0.shape), h0.dtype)
+def saved_states(u, h0):
+    """Zeros for the states that are kept: (ceil(T / STEPS), B, P, N)."""
+    return jnp.zeros((-(-u.shape[0] // STEPS), *h0.shape), h0.dtype)
+
+
+def _entry(start, steps: int, reverse: bool):
+    """Which of the kept states is the one before a block."""
+    return (start + steps - 1 if reverse else start) // STEPS
 
 
 def forward(system: System, u, h0, reset, valid, *, reverse: bool, precision, by_platform: bool):
@@ -52,44 +59,52 @@ def forward(system: System, u, h0, reset, valid, *, reverse: bool, precision, by
         system: parameters.
         u: (T, B, H) in any real dtype, padding included. h0: (B, P, N).
         reset: bool (T, 1 or B, 1, 1) or None. valid: bool (T, B, 1, 1) or None.
-        by_platform: CPUs may run the scan of a block by a kernel of `spyx.ops.native`.
+        by_platform: CPUs may run it by a kernel of `spyx.ops.native`.
 
     Returns:
-        y (T, B, K) in the dtype of u, h_last (B, P, N), and the states before the blocks.
+        y (T, B, K) in the dtype of u, h_last (B, P, N), and the states kept: those before the blocks at least.
     """
+    compute = _forward_by_platform if by_platform else _forward
+    return compute(system, u, h0, reset, valid, reverse=reverse, precision=precision)
+
+
+def adjoint(system: System, u, h0, reset, valid, before, dy, dh_last, *, reverse: bool, precision, by_platform: bool):
+    """Transpose of `forward` with its arguments and the states it kept: `(d_system, du, dh0)`."""
+    compute = _adjoint_by_platform if by_platform else _adjoint
+    return compute(system, u, h0, reset, valid, before, dy, dh_last, reverse=reverse, precision=precision)
+
+
+def _forward(system: System, u, h0, reset, valid, *, reverse: bool, precision):
     T, B, _ = u.shape
-    L, scan = block_length(system, u, h0), _scan_by_platform if by_platform else _scan
+    L = block_length(system, u, h0)
 
     def block(state, i, start, steps):
         h, y, before = state
         reset_b, valid_b = cut(reset, start, steps), cut(valid, start, steps)
-        before = lax.dynamic_update_index_in_dim(before, h, i, 0)
+        before = lax.dynamic_update_index_in_dim(before, h, _entry(start, steps, reverse), 0)
         u_b = clear(cut(u, start, steps), valid_b, h.dtype)
         x = project(u_b, system.B, h.shape[1], precision)
-        h, H = scan(system.lam, x, h, reset_b, valid_b, reverse=reverse)
+        h, H = _scan(system.lam, x, h, reset_b, valid_b, reverse=reverse)
         y_b = clear(read_out(H, u_b, system, precision), valid_b, y.dtype)
         return h, lax.dynamic_update_slice_in_dim(y, y_b, start, 0), before
 
-    y = _results((T, B, system.C.shape[-1]), u.dtype, by_platform)
-    state = (h0, y, saved_states(system, u, h0))
+    state = (h0, jnp.zeros((T, B, system.C.shape[-1]), u.dtype), saved_states(u, h0))
     h, y, before = over_blocks(block, state, T, L, reverse=reverse)
     return y, h, before
 
 
-def adjoint(system: System, u, h0, reset, valid, before, dy, dh_last, *, reverse: bool, precision, by_platform: bool):
-    """Transpose of `forward` with its arguments and the states `before` the blocks: `(d_system, du, dh0)`."""
-    T, P = u.shape[0], h0.shape[1]
-    L, transpose = block_length(system, u, h0), _transpose_by_platform if by_platform else _transpose
+def _adjoint(system: System, u, h0, reset, valid, before, dy, dh_last, *, reverse: bool, precision):
+    T, P, L = u.shape[0], h0.shape[1], block_length(system, u, h0)
 
     def block(state, i, start, steps):
         c, du, total = state
         reset_b, valid_b = cut(reset, start, steps), cut(valid, start, steps)
         u_b = clear(cut(u, start, steps), valid_b, h0.dtype)
         dy_b = clear(cut(dy, start, steps), valid_b, h0.dtype)
-        h = lax.dynamic_index_in_dim(before, i, 0, keepdims=False)
+        h = lax.dynamic_index_in_dim(before, _entry(start, steps, reverse), 0, keepdims=False)
         x = project(u_b, system.B, P, precision)
         dH = project(dy_b, system.C, P, precision)
-        H, d_lam, G, c = transpose(system.lam, x, h, dH, c, reset_b, valid_b, reverse=reverse)
+        H, d_lam, G, c = _transpose(system.lam, x, h, dH, c, reset_b, valid_b, reverse=reverse)
         du_b, dD = _input_cotangent(G, dy_b, u_b, system, precision)
         du = lax.dynamic_update_slice_in_dim(du, clear(du_b, valid_b, du.dtype), start, 0)
         parts = System(
@@ -102,8 +117,7 @@ def adjoint(system: System, u, h0, reset, valid, before, dy, dh_last, *, reverse
 
     zero = jax.tree.map(jnp.zeros_like, system)
     zero = zero._replace(**{name: jnp.zeros(_turned(getattr(system, name).shape), h0.dtype) for name in "BC"})
-    du = _results(u.shape, u.dtype, by_platform)
-    c, du, total = over_blocks(block, (dh_last, du, zero), T, L, reverse=not reverse)
+    c, du, total = over_blocks(block, (dh_last, jnp.zeros_like(u), zero), T, L, reverse=not reverse)
     return total._replace(B=total.B.transpose(1, 2, 0), C=total.C.transpose(1, 2, 0)), du, c
 
 
@@ -124,42 +138,22 @@ def _transpose(lam, x, h, dH, c, reset, valid, *, reverse: bool):
     return H, _decay_cotangent(G, previous(h, H, reset, reverse), lam.shape[0]), G, c
 
 
-def _native_scan(lam, x, h, reset, valid, *, reverse: bool):
-    from .native import linear
-
-    if not linear.fits_block(x):
-        return _scan(lam, x, h, reset, valid, reverse=reverse)
-    return linear.run(_both(lam, h), x, h, reset, valid, reverse=reverse)
+def _native_forward(system: System, u, h0, reset, valid, *, reverse: bool, precision):
+    if not _diagonal_native.fits(u, system, h0):
+        return _forward(system, u, h0, reset, valid, reverse=reverse, precision=precision)
+    return _diagonal_native.forward(u, join(system.lam, 0), *system[1:], h0, reset, valid, reverse=reverse)
 
 
-def _native_transpose(lam, x, h, *others, reverse: bool):
-    from .native import linear
-
-    if not linear.fits_block(x):
-        return _transpose(lam, x, h, *others, reverse=reverse)
-    H, d_lam, G, c = linear.run_adjoint(_both(lam, h), x, h, *others, reverse=reverse)
-    return H, d_lam[: lam.shape[0]], G, c
-
-
-def _native_empty(*, shape, dtype):
-    from .native import custom_call
-
-    return custom_call.empty(shape, dtype)
+def _native_adjoint(system: System, u, h0, reset, valid, *saved, reverse: bool, precision):
+    if not _diagonal_native.fits(u, system, h0):
+        return _adjoint(system, u, h0, reset, valid, *saved, reverse=reverse, precision=precision)
+    values = u, join(system.lam, 0), *system[1:], h0, reset, valid, *saved
+    du, d_lam, dB, dC, dD, dh0 = _diagonal_native.adjoint(*values, reverse=reverse)
+    return System(d_lam[: system.lam.shape[0]], dB, dC, dD), du, dh0
 
 
-def _both(lam, h):
-    """lam (P', N) with as many parts as the state (B, P, N) has."""
-    return jnp.pad(lam, ((0, h.shape[1] - lam.shape[0]), (0, 0)))
-
-
-_empty_by_platform = platform_primitive("empty", jnp.zeros, native=_native_empty)
-_scan_by_platform = platform_primitive("diagonal_scan", _scan, native=_native_scan)
-_transpose_by_platform = platform_primitive("diagonal_scan_transpose", _transpose, native=_native_transpose)
-
-
-def _results(shape, dtype, by_platform: bool):
-    """The array that the blocks fill one after the other."""
-    return _empty_by_platform(shape=shape, dtype=dtype) if by_platform else jnp.zeros(shape, dtype)
+_forward_by_platform = platform_primitive("diagonal_layer", _forward, native=_native_forward)
+_adjoint_by_platform = platform_primitive("diagonal_layer_adjoint", _adjoint, native=_native_adjoint)
 
 
 def clear(z, valid, dtype):

@@ -226,7 +226,7 @@ def _forward(how: _How, values, masks):
         return (y, h_last), before
 
     def parallel(values, masks):
-        return _plain(how, values, masks, scan=streamed_scan), _streamed.saved_states(*values)
+        return _plain(how, values, masks, scan=streamed_scan), _streamed.saved_states(*values[1:])
 
     if how.scan.method == "blocked":
         return streamed(values, masks)

@@ -170,10 +170,15 @@ def _in_jax(how, values, lengths):
 
 def _in_kernel(how, values, lengths):
     x, A_bar, gamma, B, C, D, h0 = values
-    gamma = gamma.astype(B.dtype)
-    if _diagonal_native.fits(x, A_bar, gamma, B, C, D, h0):
-        return _diagonal_native.forward(x, A_bar, gamma, B, C, D, h0, lengths, conj_sym=how[0])
-    return _in_jax(how, values, lengths)
+    if A_bar.ndim == 1 or not _diagonal_native.fits(values):
+        return _in_jax(how, values, lengths)
+    gamma = jax.lax.optimization_barrier(gamma)  # else XLA computes it again for every element of B
+    W, V = gamma[:, None] * B, (2 * C.T if how[0] else C.T)
+    h0 = jnp.zeros((x.shape[1], len(gamma)), W.dtype) if h0 is None else h0
+    valid = None if lengths is None else jnp.arange(x.shape[0])[:, None, None, None] < lengths[:, None, None]
+    parts = jnp.stack([W.real, W.imag]), jnp.stack([V.real, -V.imag]), D, jnp.stack([h0.real, h0.imag], 1)
+    y, h, _ = _diagonal_native.forward(jnp.swapaxes(x, 0, 1), A_bar, *parts, None, valid, batch_first=True)
+    return jnp.swapaxes(y, 0, 1), to_complex(h[:, 0], h[:, 1])
 
 
 _compute = undifferentiated("diagonal_layer", _in_jax, _in_kernel)

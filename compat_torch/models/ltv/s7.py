@@ -183,9 +183,7 @@ def _in_kernel(graph, values, lengths):
     base = layer.base_params[...]
     if not _s7_native.fits(x, W_in, W, W_gate, base, *(() if h0 is None else (h0,))):
         return layer._outputs(x, h0, lengths)
-    u, decay, inputs = _s7_native.inputs(x, W_in, W, base)
-    h, last = linear_scan(decay, inputs, h0, lengths=lengths)
-    return _s7_native.outputs(x, u, h, W, W_gate), last
+    return _s7_native.forward(x, W_in, W, W_gate, base, h0, lengths)
 
 
 _compute = undifferentiated("s7", _in_jax, _in_kernel)

@@ -111,16 +111,6 @@ def invoke(
     return call(table, *operands)
 
 
-@kernel
-def _nothing(item, buffers):
-    """Do nothing: `empty` has no items."""
-
-
-def empty(shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    """An array whose values are what lies in its place; each must be written before it is read."""
-    return invoke(_nothing, 0, (), (), jax.ShapeDtypeStruct(shape, dtype))
-
-
 @njit
 def _release(shared):
     if add(shared + 8 * _HOLDERS, -1) == 1:

@@ -1,116 +1,230 @@
-"""The forward pass of a small diagonal state-space layer for CPU, one row of the batch at a time.
+"""A diagonal state-space layer for CPU, from its inputs to its outputs and back.
 
-h_t = A_t h_{t-1} + g B x_t, y_t = Re(C h_t) + D x_t, or twice the real part. A row goes through time in chunks that
-stay in the nearest caches. Layouts: x, y (B, T, H); A (P) or (T, B, P), g (P), B (P, H), C (H, P), h (B, P), complex.
+h_t = A_t h_{t-1} + W u_t, y_t = V h_t + D u_t. An item is some steps of one row of the batch: they stay in the nearest
+caches, and only their recurrence waits for that of the steps before. Layouts: u (T, B, H) and y (T, B, K), or
+(B, T, .); states are rows of S = P N numbers, for complex ones (P = 2) N real parts before N imaginary ones; W (H, S),
+V (R, K) of the first R of them; A (N, P) or (T, B, N, P). Matrices are packed.
 """
 
 from __future__ import annotations
 
 import numpy as np
-from llvmlite import ir
-from numba import njit, types
-from numba.core import cgutils
+from numba import njit
 
 from .custom_call import kernel
-from .memory import floats, intrinsic, ints, words
-from .products import multiply
-from .vectors import _get, _indices, _put
-
-_STEPS = 48
-"""A multiple of the rows that `multiply` takes at a time."""
-
-_LANES = 16
-_FLOAT, _WORD = ir.FloatType(), ir.IntType(64)
-_REALS, _PAIRS = ir.VectorType(_FLOAT, _LANES), ir.VectorType(_FLOAT, 2 * _LANES)
-_EVEN, _ODD = _indices(range(0, 2 * _LANES, 2)), _indices(range(1, 2 * _LANES, 2))
+from .memory import LINE, add, clear, copy, flags, floats, ints, wait_for, words
+from .products import LANES, add_product, multiply
+from .recurrence import advance, retreat
 
 # The table, after the kernel's number and the number of items.
-_T, _B, _H, _P, _VARYING, _TWICE = range(2, 8)
-_SIZES = 8
-
-
-def _recurrence(builder, drive, state, A, A_stride, P, steps, count):
-    """Up to `_LANES` states h = A h + x through some steps, in place of the x.
-
-    Addresses: `drive` of the real parts x, each row followed P numbers later by the imaginary ones, `state` likewise of
-    one row, `A` of pairs, `A_stride` numbers from one step to the next.
-    """
-
-    def at(address, index):
-        return builder.add(address, builder.mul(_WORD(4), index))
-
-    twice = builder.mul(count, _WORD(2))
-    states = [cgutils.alloca_once_value(builder, _get(builder, _REALS, s, count)) for s in (state, at(state, P))]
-    with cgutils.for_range(builder, steps) as loop:
-        pairs = _get(builder, _PAIRS, at(A, builder.mul(loop.index, A_stride)), twice)
-        a, b = (builder.shuffle_vector(pairs, pairs, which) for which in (_EVEN, _ODD))
-        row = at(drive, builder.mul(loop.index, builder.mul(P, _WORD(2))))
-        places = row, at(row, P)
-        re, im = (builder.load(s) for s in states)
-
-        def fused(x, y, z):
-            return builder.fadd(builder.fmul(x, y, flags=("contract",)), z, flags=("contract",))
-
-        given = [_get(builder, _REALS, place, count) for place in places]
-        after = fused(a, re, fused(builder.fneg(b), im, given[0])), fused(a, im, fused(b, re, given[1]))
-        for value, place, s in zip(after, places, states, strict=True):
-            _put(builder, _REALS, place, value, count)
-            builder.store(value, s)
-    for s, place in zip(states, (state, at(state, P)), strict=True):
-        _put(builder, _REALS, place, builder.load(s), count)
-
-
-@intrinsic
-def _advance(_, drive, state, A, A_stride, P, steps, count):
-    def build(context, builder, signature, values):
-        _recurrence(builder, *values)
-        return values[0]
-
-    return types.intp(*[types.intp] * 7), build
+_T, _B, _H, _K, _N, _R, _COMPLEX, _VARYING, _D_AXES, _REVERSE = range(2, 12)
+_VALID_ROWS, _RESET_ROWS, _STEPS, _ROWS_APART, _STEPS_APART, _SUMS = range(12, 18)
+SIZES = 18
 
 
 @njit
-def _advance_all(drive, state, A, A_stride, P, steps):
-    """As `_recurrence`, of all P states."""
-    for p in range(0, P, _LANES):
-        _advance(drive + 4 * p, state + 4 * p, A + 8 * p, A_stride, P, steps, min(_LANES, P - p))
+def _place(item, table, backward):
+    """(number of the item in its row, row, which steps, the first, how many); items come as their recurrences do."""
+    T, most, number = table[_T], table[_STEPS], item // table[_B]
+    place = number if backward == (table[_REVERSE] != 0) else (T + most - 1) // most - 1 - number
+    return number, item % table[_B], place, place * most, min(most, T - place * most)
+
+
+@njit
+def _is_set(mask, rows, t, row):
+    return rows > 0 and mask[t * rows + (row if rows > 1 else 0)] != 0
+
+
+@njit
+def _is_padding(valid, rows, t, row):
+    return rows > 0 and not _is_set(valid, rows, t, row)
+
+
+@njit
+def _alike(t, sign, most, row, table, valid, reset):
+    """How many steps from t on, at most `most`, are as t is: neither padding nor a reset."""
+    steps = 1
+    if table[_VALID_ROWS] == 0 and table[_RESET_ROWS] == 0:
+        return most
+    while steps < most and not (
+        _is_padding(valid, table[_VALID_ROWS], t + sign * steps, row)
+        or _is_set(reset, table[_RESET_ROWS], t + sign * steps, row)
+    ):
+        steps += 1
+    return steps
+
+
+@njit
+def _recur(states, state, A, first, steps, row, table, valid, reset):
+    """The recurrence through the steps from `first` on, in place of its inputs at the address `states`."""
+    B, N, is_complex = table[_B], table[_N], table[_COMPLEX]
+    S = len(state)
+    pitch = S + LINE
+    sign, t = (-1, first + steps - 1) if table[_REVERSE] else (1, first)
+    while steps > 0:
+        here, run = states + 4 * (t - first) * pitch, 1
+        if _is_padding(valid, table[_VALID_ROWS], t, row):
+            copy(here, state.ctypes.data, S)
+        else:
+            if _is_set(reset, table[_RESET_ROWS], t, row):
+                clear(state.ctypes.data, S)
+            run = _alike(t, sign, steps, row, table, valid, reset)
+            a, apart = (A + 4 * (t * B + row) * S, sign * B * S) if table[_VARYING] else (A, 0)
+            advance(here, sign * pitch, state.ctypes.data, a, apart, N, run, is_complex)
+        t, steps = t + sign * run, steps - run
+
+
+@njit
+def _recur_back(cotangents, carry, slopes, states, A, first, steps, row, table, valid, reset):
+    """The transpose of `_recur`, in place of the cotangents of the states; those of A are added to `slopes`."""
+    N, is_complex = table[_N], table[_COMPLEX]
+    S = len(carry)
+    pitch = S + LINE
+    sign, t = (1, first) if table[_REVERSE] else (-1, first + steps - 1)
+    while steps > 0:
+        here, run = cotangents + 4 * (t - first) * pitch, 1
+        if _is_padding(valid, table[_VALID_ROWS], t, row):
+            clear(here, S)
+        elif _is_set(reset, table[_RESET_ROWS], t, row):
+            given = floats(here, S)
+            for s in range(S):
+                given[s] += carry[s]
+                carry[s] = 0
+        else:
+            run = _alike(t, sign, steps, row, table, valid, reset)
+            before = states + 4 * (t - first + sign) * pitch
+            retreat(here, sign * pitch, carry.ctypes.data, slopes.ctypes.data, before, A, N, run, is_complex)
+        t, steps = t + sign * run, steps - run
+
+
+@njit
+def _clean(to, rows, stride, first, steps, row, columns, table, valid):
+    """Copy steps, 0 for padding."""
+    for j in range(steps):
+        if _is_padding(valid, table[_VALID_ROWS], first + j, row):
+            clear(to + 4 * j * columns, columns)
+        else:
+            copy(to + 4 * j * columns, rows + 4 * j * stride, columns)
+
+
+@njit
+def _pack(to, rows, steps, columns):
+    """Pack a matrix of whole rows."""
+    for first in range(0, columns, LANES):
+        width = min(LANES, columns - first)
+        for j in range(steps):
+            out = to + 4 * (first * steps + j * LANES)
+            copy(out, rows + 4 * (j * columns + first), width)
+            clear(out + 4 * width, LANES - width)
 
 
 @kernel
 def forward(item, buffers):
-    """Operands: table, x, lengths, A, g, B, C, D, h. Results: y, h."""
-    at = words(buffers, 11)
-    table = ints(at[0], _SIZES)
-    T, B, H, P = table[_T], table[_B], table[_H], table[_P]
-    length = min(max(ints(at[2], item + 1)[item], 0), T)
-    states, state = np.zeros((_STEPS, 2 * P), np.float32), np.zeros(2 * P, np.float32)
-    zero = np.zeros(max(2 * P, H), np.float32)
-    before, after, D = floats(at[8] + 8 * item * P, 2 * P), floats(at[10] + 8 * item * P, 2 * P), floats(at[7], H)
-    into, out_of = np.zeros((H, 2 * P), np.float32), np.zeros((2 * P, H), np.float32)
-    g, to_state, from_state = floats(at[4], 2 * P), floats(at[5], 2 * P * H), floats(at[6], 2 * H * P)
-    factor = np.float32(2 if table[_TWICE] else 1)
-    for p in range(P):
-        state[p], state[P + p] = before[2 * p], before[2 * p + 1]
-        for k in range(H):
-            r, i = to_state[2 * (p * H + k)], to_state[2 * (p * H + k) + 1]
-            into[k, p] = g[2 * p] * r - g[2 * p + 1] * i
-            into[k, P + p] = g[2 * p] * i + g[2 * p + 1] * r
-            out_of[p, k] = factor * from_state[2 * (k * P + p)]
-            out_of[P + p, k] = -factor * from_state[2 * (k * P + p) + 1]
+    """Operands: table, u, A, W, V, D or its transpose, h, valid, reset, zeros (B, LINE).
 
-    for start in range(0, length, _STEPS):
-        steps = min(_STEPS, length - start)
-        x, y = at[1] + 4 * (item * T + start) * H, at[9] + 4 * (item * T + start) * H
-        multiply(states.ctypes.data, 2 * P, x, H, steps, into.ctypes.data, 2 * P, H, 2 * P, zero.ctypes.data)
-        A = at[3] + (8 * (start * B + item) * P if table[_VARYING] else 0)
-        _advance_all(states.ctypes.data, state.ctypes.data, A, 2 * B * P if table[_VARYING] else 0, P, steps)
-        multiply(y, H, states.ctypes.data, 2 * P, steps, out_of.ctypes.data, H, 2 * P, H, zero.ctypes.data)
-        for j in range(steps):
-            out, given = floats(y + 4 * j * H, H), floats(x + 4 * j * H, H)
-            for p in range(H):
+    Results: y, the last h, h before every item (., B, S), and in the place of the zeros what each row has done.
+    """
+    at = words(buffers, 14)
+    table = ints(at[0], SIZES)
+    T, B, H, K = table[_T], table[_B], table[_H], table[_K]
+    S = table[_N] * (2 if table[_COMPLEX] else 1)
+    number, row, place, first, steps = _place(item, table, False)
+    valid, reset = flags(at[7], T * table[_VALID_ROWS]), flags(at[8], T * table[_RESET_ROWS])
+    pitch = S + LINE
+    states, state, zero = np.empty((steps, pitch), np.float32), np.empty(S, np.float32), np.zeros(max(S, K), np.float32)
+    here, apart = row * table[_ROWS_APART] + first * table[_STEPS_APART], table[_STEPS_APART]
+    u, y, shared = at[1] + 4 * here * H, at[10] + 4 * here * K, at[11] + 4 * row * S
+    multiply(states.ctypes.data, pitch, u, apart * H, steps, at[3], H, S, zero.ctypes.data)
+
+    wait_for(at[13] + 4 * LINE * row, number)
+    copy(state.ctypes.data, shared if number else at[6] + 4 * row * S, S)
+    copy(at[12] + 4 * (place * B + row) * S, state.ctypes.data, S)
+    _recur(states.ctypes.data, state, at[2], first, steps, row, table, valid, reset)
+    copy(shared, state.ctypes.data, S)
+    add(at[13] + 4 * LINE * row, 1)
+
+    multiply(y, apart * K, states.ctypes.data, pitch, steps, at[4], table[_R], K, zero.ctypes.data)
+    if table[_D_AXES] == 2:
+        add_product(y, apart * K, u, apart * H, 1, steps, at[5], H, K)
+    D = floats(at[5], K)
+    for j in range(steps):
+        if _is_padding(valid, table[_VALID_ROWS], first + j, row):
+            clear(y + 4 * j * apart * K, K)
+        elif table[_D_AXES] == 1:
+            out, given = floats(y + 4 * j * apart * K, K), floats(u + 4 * j * apart * H, H)
+            for p in range(K):
                 out[p] += D[p] * given[p]
+    states[0], zero[0] = 0, 0  # numba frees an array after its last use
 
-    floats(at[9] + 4 * (item * T + length) * H, (T - length) * H)[:] = 0
-    for p in range(P):
-        after[2 * p], after[2 * p + 1] = state[p], state[P + p]
-    states[0], zero[0], into[0], out_of[0] = 0, 0, 0, 0  # numba frees an array after its last use
+
+@kernel
+def adjoint(item, buffers):
+    """Operands: table, u, A (N, P), W, its transpose, that of V, D, h before every item, valid, reset, dy, dh of the
+    last step, and zeros in the place of the last results.
+
+    Results: du, dh0; what each row has done (B, LINE), how many items each sum has (SUMS, LINE), and the SUMS, each of
+    every SUMS-th item: of dA (S), dW (S, H), dV (R, K), dD.
+    """
+    at = words(buffers, 26)
+    table = ints(at[0], SIZES)
+    T, B, H, K, R = table[_T], table[_B], table[_H], table[_K], table[_R]
+    S = table[_N] * (2 if table[_COMPLEX] else 1)
+    pitch = S + LINE
+    number, row, place, first, steps = _place(item, table, True)
+    valid, reset = flags(at[8], T * table[_VALID_ROWS]), flags(at[9], T * table[_RESET_ROWS])
+    zero, wide = np.zeros(max(S, H), np.float32), -(-max(H, K) // LANES) * LANES
+    us, dys = np.empty((steps, H), np.float32), np.empty((steps, K), np.float32)
+    side = np.empty((steps, wide), np.float32)
+    # a step more: the state before the first one
+    all_states, cotangents = np.empty((steps + 1, pitch), np.float32), np.empty((steps, pitch), np.float32)
+    states = all_states.ctypes.data + (0 if table[_REVERSE] else 4 * pitch)
+    state, carry, slopes = np.empty(S, np.float32), np.empty(S, np.float32), np.zeros(S, np.float32)
+    here, apart = row * table[_ROWS_APART] + first * table[_STEPS_APART], table[_STEPS_APART]
+    _clean(us.ctypes.data, at[1] + 4 * here * H, apart * H, first, steps, row, H, table, valid)
+    _clean(dys.ctypes.data, at[10] + 4 * here * K, apart * K, first, steps, row, K, table, valid)
+
+    copy(state.ctypes.data, at[7] + 4 * (place * B + row) * S, S)
+    copy(all_states.ctypes.data + (4 * steps * pitch if table[_REVERSE] else 0), state.ctypes.data, S)
+    multiply(states, pitch, us.ctypes.data, H, steps, at[3], H, S, zero.ctypes.data)
+    _recur(states, state, at[2], first, steps, row, table, valid, reset)
+    if R < S:
+        cotangents[:, R:S] = 0
+    multiply(cotangents.ctypes.data, pitch, dys.ctypes.data, K, steps, at[5], K, R, zero.ctypes.data)
+
+    shared = at[19] + 4 * row * S
+    wait_for(at[20] + 4 * LINE * row, number)
+    copy(carry.ctypes.data, shared if number else at[11] + 4 * row * S, S)
+    _recur_back(cotangents.ctypes.data, carry, slopes, states, at[2], first, steps, row, table, valid, reset)
+    copy(shared, carry.ctypes.data, S)
+    add(at[20] + 4 * LINE * row, 1)
+
+    du = at[18] + 4 * here * H
+    multiply(du, apart * H, cotangents.ctypes.data, pitch, steps, at[4], S, H, zero.ctypes.data)
+    if table[_D_AXES] == 2:
+        add_product(du, apart * H, dys.ctypes.data, K, 1, steps, at[6], K, H)
+    elif table[_D_AXES] == 1:
+        D = floats(at[6], H)
+        for j in range(steps):
+            out = floats(du + 4 * j * apart * H, H)
+            for p in range(H):
+                out[p] += D[p] * dys[j, p]
+
+    # sums are added to in the order of items, whichever thread comes first
+    which = item % table[_SUMS]
+    wait_for(at[21] + 4 * LINE * which, item // table[_SUMS])
+    total = floats(at[22] + 4 * which * S, S)
+    for s in range(S):
+        total[s] += slopes[s]
+    _pack(side.ctypes.data, us.ctypes.data, steps, H)
+    add_product(at[23] + 4 * which * S * H, H, cotangents.ctypes.data, 1, pitch, S, side.ctypes.data, steps, H)
+    if table[_D_AXES] == 2:
+        add_product(at[25] + 4 * which * K * H, H, dys.ctypes.data, 1, K, K, side.ctypes.data, steps, H)
+    elif table[_D_AXES] == 1:
+        through = floats(at[25] + 4 * which * H, H)
+        for j in range(steps):
+            for p in range(H):
+                through[p] += us[j, p] * dys[j, p]
+    _pack(side.ctypes.data, dys.ctypes.data, steps, K)
+    add_product(at[24] + 4 * which * R * K, K, states, 1, pitch, R, side.ctypes.data, steps, K)
+    add(at[21] + 4 * LINE * which, 1)
+    zero[0], side[0], us[0], dys[0], all_states[0], cotangents[0] = 0, 0, 0, 0, 0, 0  # as above

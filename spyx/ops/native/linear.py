@@ -1,8 +1,8 @@
 """The linear recurrence h_t = a_t h_{t-1} + x_t for CPU: forward and its transpose, float32.
 
-An array is seen as (T, O, M F) values, without T where it does not vary in time. An item is `WIDTH` of the F
-neighbours of one row (o, m); rows are what masks tell apart. A complex value is two floats: side by side
-(INTERLEAVED, complex64), or M F floats apart (PLANAR: (T, O, 2, M F)); REAL stands for an imaginary part of 0.
+An array is seen as (T, M F) values, without T where it does not vary in time. An item is `WIDTH` of the F neighbours
+of one of the M rows; rows are what masks tell apart. A complex value is two floats: side by side (INTERLEAVED,
+complex64), or M F floats apart (PLANAR: (T, 2, M F)); REAL stands for an imaginary part of 0.
 """
 
 from __future__ import annotations
@@ -34,9 +34,8 @@ class Kind(IntEnum):
 _REAL, _PLANAR, _INTERLEAVED = (int(k) for k in Kind)
 
 # The sizes that follow the kernel's number and the number of items.
-_T, _O, _M, _F, _K, _COMPLEX, _X_KIND, _A_KIND, _H_KIND, _VARYING = range(2, 12)
-_REVERSE, _CONJUGATE, _KEEP, _VALID_ROWS, _RESET_ROWS = range(12, 17)
-SIZES = 17
+_T, _M, _F, _K, _COMPLEX, _X_KIND, _A_KIND, _H_KIND, _VARYING, _REVERSE, _VALID_ROWS, _RESET_ROWS = range(2, 14)
+SIZES = 14
 _MIN_COLUMNS = 16
 """Rows with fewer values XLA computes faster, as it computes many at a time."""
 
@@ -85,11 +84,6 @@ def _multiply(ar, ai, br, bi, is_complex):
     return ar * br, zeros()
 
 
-@njit(inline="always")
-def _turned(im, conjugate):
-    return zeros() - im if conjugate else im
-
-
 @njit
 def _marked(mask, rows, t, row):
     return mask[t * rows + (row if rows > 1 else 0)] != 0
@@ -100,81 +94,75 @@ def forward(item, buffers):
     """Operands: table, a, x, h0, valid, reset. Results: h, last state, states before every K steps (PLANAR)."""
     at = words(buffers, 9)
     table = ints(at[0], SIZES)
-    T, outer, F, K, is_complex = table[_T], table[_O], table[_F], table[_K], table[_COMPLEX]
+    T, F, K, is_complex = table[_T], table[_F], table[_K], table[_COMPLEX]
     kx, ka, kh, varying = table[_X_KIND], table[_A_KIND], table[_H_KIND], table[_VARYING]
     ks = _PLANAR if is_complex else _REAL
     R = table[_M] * F
     blocks = (F + WIDTH - 1) // WIDTH
     row, first = item // blocks, item % blocks * WIDTH
     width = min(WIDTH, F - first)
-    o, column = row // table[_M], row % table[_M] * F + first
+    column = row * F + first
     valid, reset = flags(at[4], T * table[_VALID_ROWS]), flags(at[5], T * table[_RESET_ROWS])
 
-    hr, hi = _load(_at(at[3], kh, o, R, column), kh, R, width)
+    hr, hi = _load(_at(at[3], kh, 0, R, column), kh, R, width)
     ar, ai = _load(_at(at[1], ka, 0, R, column), ka, R, width)
     for i in range((T + K - 1) // K):
         k = (T + K - 1) // K - 1 - i if table[_REVERSE] else i
         steps = min(K, T - k * K)
-        _store(_at(at[8], ks, k * outer + o, R, column), ks, R, hr, hi, width)
+        _store(_at(at[8], ks, k, R, column), ks, R, hr, hi, width)
         for j in range(steps):
             t = k * K + (steps - 1 - j if table[_REVERSE] else j)
-            here = t * outer + o
             if table[_VALID_ROWS] and not _marked(valid, table[_VALID_ROWS], t, row):
-                _store(_at(at[6], kh, here, R, column), kh, R, zeros(), zeros(), width)
+                _store(_at(at[6], kh, t, R, column), kh, R, zeros(), zeros(), width)
                 continue
             if table[_RESET_ROWS] and _marked(reset, table[_RESET_ROWS], t, row):
                 hr, hi = zeros(), zeros()
             if varying:
-                ar, ai = _load(_at(at[1], ka, here, R, column), ka, R, width)
-            xr, xi = _load(_at(at[2], kx, here, R, column), kx, R, width)
+                ar, ai = _load(_at(at[1], ka, t, R, column), ka, R, width)
+            xr, xi = _load(_at(at[2], kx, t, R, column), kx, R, width)
             hr, hi = _multiply(ar, ai, hr, hi, is_complex)
             hr, hi = hr + xr, hi + xi
-            _store(_at(at[6], kh, here, R, column), kh, R, hr, hi, width)
-    _store(_at(at[7], kh, o, R, column), kh, R, hr, hi, width)
+            _store(_at(at[6], kh, t, R, column), kh, R, hr, hi, width)
+    _store(_at(at[7], kh, 0, R, column), kh, R, hr, hi, width)
 
 
 @kernel
 def adjoint(item, buffers):
-    """Transpose of `forward`; a and h conjugated if CONJUGATE says so.
+    """Transpose of `forward`, without conjugation.
 
     Operands: table, a, x, states before every K steps, dh, cotangent of the last state, valid, reset.
-    Results: da (T, ...) or (O, ...), dx, dh0; if KEEP says so, the states h, PLANAR if complex, and K = T.
+    Results: da as a, dx, dh0.
     """
-    at = words(buffers, 12)
+    at = words(buffers, 11)
     table = ints(at[0], SIZES)
-    T, outer, F, K, is_complex = table[_T], table[_O], table[_F], table[_K], table[_COMPLEX]
+    T, F, K, is_complex = table[_T], table[_F], table[_K], table[_COMPLEX]
     kx, ka, kh, varying = table[_X_KIND], table[_A_KIND], table[_H_KIND], table[_VARYING]
     ks = _PLANAR if is_complex else _REAL
-    conjugate = table[_CONJUGATE]
     R = table[_M] * F
     blocks = (F + WIDTH - 1) // WIDTH
     row, first = item // blocks, item % blocks * WIDTH
     width = min(WIDTH, F - first)
-    o, column = row // table[_M], row % table[_M] * F + first
+    column = row * F + first
     valid, reset = flags(at[6], T * table[_VALID_ROWS]), flags(at[7], T * table[_RESET_ROWS])
 
     sr = si = zeros()
-    kept = np.empty(1 if table[_KEEP] else 2 * K * width, np.float32)
-    if table[_KEEP]:
-        states, stride, apart = _at(at[11], ks, o, R, column), 4 * outer * R * _words(ks), R
-    else:
-        states, stride, apart = kept.ctypes.data, 8 * width, width
+    kept = np.empty(2 * K * width, np.float32)
+    states, stride, apart = kept.ctypes.data, 8 * width, width
     ar, ai = _load(_at(at[1], ka, 0, R, column), ka, R, width)
-    cr, ci = _load(_at(at[5], kh, o, R, column), kh, R, width)
+    cr, ci = _load(_at(at[5], kh, 0, R, column), kh, R, width)
     for i in range((T + K - 1) // K):
         k = i if table[_REVERSE] else (T + K - 1) // K - 1 - i
         steps = min(K, T - k * K)
-        hr, hi = _load(_at(at[3], ks, k * outer + o, R, column), ks, R, width)
+        hr, hi = _load(_at(at[3], ks, k, R, column), ks, R, width)
         for j in range(steps):
             n = steps - 1 - j if table[_REVERSE] else j
             t = k * K + n
-            here = t * outer + o
             if not table[_VALID_ROWS] or _marked(valid, table[_VALID_ROWS], t, row):
                 if table[_RESET_ROWS] and _marked(reset, table[_RESET_ROWS], t, row):
                     hr, hi = zeros(), zeros()
                 if varying:
-                    ar, ai = _load(_at(at[1], ka, here, R, column), ka, R, width)
-                xr, xi = _load(_at(at[2], kx, here, R, column), kx, R, width)
+                    ar, ai = _load(_at(at[1], ka, t, R, column), ka, R, width)
+                xr, xi = _load(_at(at[2], kx, t, R, column), kx, R, width)
                 hr, hi = _multiply(ar, ai, hr, hi, is_complex)
                 hr, hi = hr + xr, hi + xi
             _store(states + n * stride, ks, apart, hr, hi, width)
@@ -183,35 +171,34 @@ def adjoint(item, buffers):
         for j in range(steps):
             n = j if table[_REVERSE] else steps - 1 - j
             t = k * K + n
-            here = t * outer + o
             if table[_VALID_ROWS] and not _marked(valid, table[_VALID_ROWS], t, row):
-                _store(_at(at[9], kx, here, R, column), kx, R, zeros(), zeros(), width)
+                _store(_at(at[9], kx, t, R, column), kx, R, zeros(), zeros(), width)
                 if varying:
-                    _store(_at(at[8], ka, here, R, column), ka, R, zeros(), zeros(), width)
+                    _store(_at(at[8], ka, t, R, column), ka, R, zeros(), zeros(), width)
                 continue
-            gr, gi = _load(_at(at[4], kh, here, R, column), kh, R, width)
+            gr, gi = _load(_at(at[4], kh, t, R, column), kh, R, width)
             gr, gi = gr + cr, gi + ci
-            _store(_at(at[9], kx, here, R, column), kx, R, gr, gi, width)
+            _store(_at(at[9], kx, t, R, column), kx, R, gr, gi, width)
             if varying:
-                ar, ai = _load(_at(at[1], ka, here, R, column), ka, R, width)
+                ar, ai = _load(_at(at[1], ka, t, R, column), ka, R, width)
             if table[_RESET_ROWS] and _marked(reset, table[_RESET_ROWS], t, row):
                 cr, ci = zeros(), zeros()
                 zr, zi = zeros(), zeros()
             else:
                 if j == steps - 1:
-                    hr, hi = _load(_at(at[3], ks, k * outer + o, R, column), ks, R, width)
+                    hr, hi = _load(_at(at[3], ks, k, R, column), ks, R, width)
                 else:
                     hr, hi = _load(states + (n + 1 if table[_REVERSE] else n - 1) * stride, ks, apart, width)
-                zr, zi = _multiply(gr, gi, hr, _turned(hi, conjugate), is_complex)
-                cr, ci = _multiply(gr, gi, ar, _turned(ai, conjugate), is_complex)
+                zr, zi = _multiply(gr, gi, hr, hi, is_complex)
+                cr, ci = _multiply(gr, gi, ar, ai, is_complex)
             if varying:
-                _store(_at(at[8], ka, here, R, column), ka, R, zr, zi, width)
+                _store(_at(at[8], ka, t, R, column), ka, R, zr, zi, width)
             else:
                 dr, di = dr + zr, di + zi
         sr, si = sr + dr, si + di
     if not varying:
-        _store(_at(at[8], ka, o, R, column), ka, R, sr, si, width)
-    _store(_at(at[10], kh, o, R, column), kh, R, cr, ci, width)
+        _store(_at(at[8], ka, 0, R, column), ka, R, sr, si, width)
+    _store(_at(at[10], kh, 0, R, column), kh, R, cr, ci, width)
     kept[0] = 0  # numba frees an array after its last use
 
 
@@ -230,7 +217,7 @@ def scan(a, x, h0, reset, valid, *, reverse: bool, steps: int):
     sizes, kind, a = _scan_sizes(a, x, h0, reset, valid, reverse, steps)
     starts = (-(-x.shape[0] // steps), 1 + (kind != Kind.REAL), *h0.shape)
     results = [_like(x.shape, h0.dtype), _like(h0.shape, h0.dtype), _like(starts, jnp.float32)]
-    return _invoke(forward, sizes, (a, x, h0, *_masks(reset, valid)), results, {})
+    return _invoke(forward, sizes, (a, x, h0, *_masks(reset, valid)), results)
 
 
 def scan_adjoint(a, x, h0, reset, valid, before, dh, dh_last, *, reverse: bool, steps: int):
@@ -238,46 +225,11 @@ def scan_adjoint(a, x, h0, reset, valid, before, dh, dh_last, *, reverse: bool, 
     sizes, _, full = _scan_sizes(a, x, h0, reset, valid, reverse, steps)
     results = [_like(v.shape, v.dtype) for v in (full, x, h0)]
     operands = full, x, before, dh, dh_last, *_masks(reset, valid)
-    da, dx, dh0 = _invoke(adjoint, sizes, operands, results, {})
+    da, dx, dh0 = _invoke(adjoint, sizes, operands, results)
     if a.ndim < x.ndim:
         da = jnp.sum(da, [k for k, n in enumerate(a.shape) if n == 1 and da.shape[k] != 1], keepdims=True)
         da = da if jnp.iscomplexobj(a) else da.real
     return da, dx, dh0
-
-
-def fits_block(x) -> bool:
-    """Whether `run` takes the inputs x (L, B, P, N) of a block, and gains by it."""
-    return x.dtype == jnp.float32 and x.shape[-1] >= _MIN_COLUMNS
-
-
-def run(lam, x, h, reset, valid, *, reverse: bool):
-    """States of one block: `(h_last, H)`, H in the place of x, 0 where not valid.
-
-    lam is (P, N), x (L, B, P, N), h (B, P, N), the masks (L, B or 1, 1, 1) or None.
-    """
-    results = [_like(_rows(x).shape, x.dtype), _like(h.shape, h.dtype), _like((1, *h.shape), h.dtype)]
-    operands = lam, _rows(x), h, *_masks(reset, valid)
-    H, last, _ = _invoke(forward, _block_sizes(x, reset, valid, reverse), operands, results, {2: 0})
-    return last, H.reshape(x.shape)
-
-
-def run_adjoint(lam, x, h, dH, c, reset, valid, *, reverse: bool):
-    """`run`, and its transpose: `(H, d_lam, G, c_before)` from the cotangents dH of H and c of h_last.
-
-    H and G come in the place of x and dH. Real parts and imaginary ones are numbers of their own: the cotangents
-    are gradients, without JAX's conjugation.
-    """
-    rows = _like(_rows(x).shape, x.dtype)
-    results = [_like((x.shape[1], *lam.shape), x.dtype), rows, _like(c.shape, c.dtype), rows]
-    operands = lam, _rows(x), h[None], _rows(dH), c, *_masks(reset, valid)
-    sizes = _block_sizes(x, reset, valid, reverse)
-    d_lam, G, before, H = _invoke(adjoint, sizes, operands, results, {2: 3, 4: 1})
-    return H.reshape(x.shape), jnp.sum(d_lam, 0), G.reshape(x.shape), before
-
-
-def _rows(x):
-    """The matrix (L B, P N) of which x (L, B, P, N) was made: XLA copies what it writes over in another shape."""
-    return x.reshape(x.shape[0] * x.shape[1], -1)
 
 
 def _like(shape, dtype) -> jax.ShapeDtypeStruct:
@@ -306,17 +258,11 @@ def _scan_sizes(a, x, h0, reset, valid, reverse, steps):
     x_kind, a_kind = (kind if jnp.iscomplexobj(v) else Kind.REAL for v in (x, a))
     M = _mask_rows(reset, valid)
     F = math.prod(x.shape[1:]) // max(M, 1)
-    shape = x.shape[0], 1, M, F, steps
+    shape = x.shape[0], M, F, steps
     kinds = kind != Kind.REAL, x_kind, a_kind, kind, varying
-    return (*shape, *kinds, reverse, False, False, *_mask_sizes(reset, valid)), kind, a
+    return (*shape, *kinds, reverse, *_mask_sizes(reset, valid)), kind, a
 
 
-def _block_sizes(x, reset, valid, reverse):
-    L, B, P, N = x.shape
-    kind = Kind.PLANAR if P == 2 else Kind.REAL
-    return L, B, 1, N, L, P == 2, kind, kind, kind, False, reverse, True, True, *_mask_sizes(reset, valid)
-
-
-def _invoke(number: int, sizes: Sequence[int], operands: Sequence[jax.Array], results: Any, aliases: dict[int, int]):
-    items = sizes[1] * sizes[2] * -(-sizes[3] // WIDTH)
-    return custom_call.invoke(number, items, sizes, operands, results, aliases)
+def _invoke(number: int, sizes: Sequence[int], operands: Sequence[jax.Array], results: Any):
+    items = sizes[1] * -(-sizes[2] // WIDTH)
+    return custom_call.invoke(number, items, sizes, operands, results)

@@ -1,23 +1,39 @@
-"""Matrix products of float32 for other kernels: a few rows times a matrix that lies in the nearest caches."""
+"""Matrix products of float32 for other kernels: a few rows times a matrix that lies in the nearest caches.
+
+A packed matrix (inner, columns) lies in panels of `LANES` columns, one after the other: (panels, inner, LANES), with 0
+behind the last column. What a loop reads is then side by side, whatever the matrix's size.
+"""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
 from llvmlite import binding, ir
 from numba import njit, types
 from numba.core import cgutils
 
-from .memory import intrinsic
+from .custom_call import invoke, kernel
+from .memory import clear, copy, floats, intrinsic, ints, words
 from .vectors import _get, _put
 
 ROWS, LANES = (12, 32) if binding.get_host_cpu_features().get("avx512f") else (6, 16)
 """Rows and columns at a time: their sums nearly fill the registers of the processor."""
+_BLOCK = 16
+"""Numbers of a row that are turned at a time."""
 _FLOAT, _INT, _WORD = ir.FloatType(), ir.IntType(32), ir.IntType(64)
-_COLUMNS = ir.VectorType(_FLOAT, LANES)
 
 
-def _tile(builder, most, to, to_stride, x, x_stride, rows, w, w_stride, inner, bias, count=None):
-    """Up to `most` rows of a product, the first `count` or all of `LANES` columns. Strides are in numbers."""
-    nothing, all_first = ir.Constant(_COLUMNS, ir.Undefined), ir.Constant(ir.VectorType(_INT, LANES), None)
+def _tile(
+    builder, most, lanes, to, to_stride, x, x_stride, x_step, rows, w, w_stride, inner, start, start_stride, count=None
+):  # fmt: skip
+    """Up to `most` rows of a product, the first `count` or all of `lanes` columns.
+
+    Strides are numbers from one row to the next, `x_step` those from one of the `inner` to the next.
+    """
+    kind, all_first = ir.VectorType(_FLOAT, lanes), ir.Constant(ir.VectorType(_INT, lanes), None)
+    nothing = ir.Constant(kind, ir.Undefined)
     # behind the last row the last one is computed again
     last = builder.sub(rows, _WORD(1))
     which = [builder.select(builder.icmp_signed("<", _WORD(i), last), _WORD(i), last) for i in range(most)]
@@ -25,68 +41,149 @@ def _tile(builder, most, to, to_stride, x, x_stride, rows, w, w_stride, inner, b
     def at(address, stride, index):
         return builder.add(address, builder.mul(_WORD(4), builder.mul(stride, index)))
 
-    starts = [at(x, x_stride, row) for row in which]
-    begin = _get(builder, _COLUMNS, bias, count)
-    sums = [cgutils.alloca_once_value(builder, begin) for _ in which]
+    given = [at(x, x_stride, row) for row in which]
+    begin = [_get(builder, kind, at(start, start_stride, row), count) for row in which]
+    sums = [cgutils.alloca_once_value(builder, value) for value in begin]
     with cgutils.for_range(builder, inner) as loop:
-        columns = _get(builder, _COLUMNS, at(w, w_stride, loop.index), count)
-        for start, total in zip(starts, sums, strict=True):
-            address = builder.inttoptr(at(start, _WORD(1), loop.index), _FLOAT.as_pointer())
+        columns = _get(builder, kind, at(w, w_stride, loop.index), count)
+        for row, total in zip(given, sums, strict=True):
+            address = builder.inttoptr(at(row, x_step, loop.index), _FLOAT.as_pointer())
             one = builder.insert_element(nothing, builder.load(address, align=4), _INT(0))
             factor = builder.shuffle_vector(one, nothing, all_first)
             product = builder.fmul(factor, columns, flags=("contract",))
             builder.store(builder.fadd(builder.load(total), product, flags=("contract",)), total)
     for row, total in zip(which, sums, strict=True):
-        _put(builder, _COLUMNS, at(to, to_stride, row), builder.load(total), count)
+        _put(builder, kind, at(to, to_stride, row), builder.load(total), count)
 
 
-def _tiles(most: int):
-    """`_tile` for compiled code: `(whole, part)`, all of `LANES` columns and some of them."""
+def _tiles(most: int, lanes: int):
+    """`_tile` for compiled code: `(whole, part)`, all of the columns and some of them."""
 
     def signature(count):
         def build(context, builder, signature, values):
-            _tile(builder, most, *values)
+            _tile(builder, most, lanes, *values)
             return values[0]
 
         return types.intp(*[types.intp] * count), build
 
     @intrinsic
-    def whole(_, to, to_stride, x, x_stride, rows, w, w_stride, inner, bias):
-        return signature(9)
+    def whole(_, to, to_stride, x, x_stride, x_step, rows, w, w_stride, inner, start, start_stride):
+        return signature(11)
 
     @intrinsic
-    def part(_, to, to_stride, x, x_stride, rows, w, w_stride, inner, bias, count):
-        return signature(10)
+    def part(_, to, to_stride, x, x_stride, x_step, rows, w, w_stride, inner, start, start_stride, count):
+        return signature(12)
 
     return whole, part
 
 
-_whole, _part = _tiles(ROWS)
-_whole_row, _part_row = _tiles(1)
+_HALF = LANES // 2
+_whole, _part = _tiles(ROWS, LANES)
+_whole_half, _part_half = _tiles(2 * ROWS, _HALF)
+_whole_row, _part_row = _tiles(1, _HALF)
 
 
 @njit
-def multiply(to, to_stride, x, x_stride, rows, w, w_stride, inner, columns, bias):
-    """The rows (rows, inner) at the address `x` times the matrix (inner, columns) at `w`, plus the row at `bias`.
+def _panel(to, to_stride, x, x_stride, x_step, rows, w, inner, start, start_stride, width):
+    """All rows of a product with up to `LANES` columns."""
+    most = ROWS if width > _HALF else 2 * ROWS
+    for row in range(0, rows, most):
+        here, there, begin = to + 4 * row * to_stride, x + 4 * row * x_stride, start + 4 * row * start_stride
+        left = rows - row
+        if width == LANES:
+            _whole(here, to_stride, there, x_stride, x_step, left, w, LANES, inner, begin, start_stride)
+        elif width > _HALF:
+            _part(here, to_stride, there, x_stride, x_step, left, w, LANES, inner, begin, start_stride, width)
+        elif width == _HALF:
+            _whole_half(here, to_stride, there, x_stride, x_step, left, w, LANES, inner, begin, start_stride)
+        else:
+            _part_half(here, to_stride, there, x_stride, x_step, left, w, LANES, inner, begin, start_stride, width)
+
+
+@njit
+def multiply(to, to_stride, x, x_stride, rows, w, inner, columns, bias):
+    """The rows (rows, inner) at the address `x` times the packed matrix at `w`, plus the row at `bias`.
 
     Strides are numbers from one row to the next. `to` and `x` do not overlap.
     """
     for first in range(0, columns, LANES):
-        width, matrix, begin = min(LANES, columns - first), w + 4 * first, bias + 4 * first
-        for row in range(0, rows, ROWS):
-            here, there, left = to + 4 * (row * to_stride + first), x + 4 * row * x_stride, rows - row
-            if width == LANES:
-                _whole(here, to_stride, there, x_stride, left, matrix, w_stride, inner, begin)
-            else:
-                _part(here, to_stride, there, x_stride, left, matrix, w_stride, inner, begin, width)
+        here, matrix, width = to + 4 * first, w + 4 * first * inner, min(LANES, columns - first)
+        _panel(here, to_stride, x, x_stride, 1, rows, matrix, inner, bias + 4 * first, 0, width)
 
 
 @njit
-def add_product(to, x, w, inner, columns):
-    """Add the row (inner,) at the address `x` times the matrix (inner, columns) at `w` to the row at `to`."""
+def add_product(to, to_stride, x, x_stride, x_step, rows, w, inner, columns):
+    """Add a product to the rows at `to`, of numbers `x_step` apart: with a step of a row, that of a transpose."""
     for first in range(0, columns, LANES):
-        width, matrix, here = min(LANES, columns - first), w + 4 * first, to + 4 * first
-        if width == LANES:
-            _whole_row(here, 0, x, 0, 1, matrix, columns, inner, here)
+        here, matrix, width = to + 4 * first, w + 4 * first * inner, min(LANES, columns - first)
+        _panel(here, to_stride, x, x_stride, x_step, rows, matrix, inner, here, to_stride, width)
+
+
+@njit
+def add_row(to, x, w, inner, columns):
+    """Add the row (inner,) at the address `x` times the matrix (inner, columns) at `w`, not packed, to one at `to`."""
+    for first in range(0, columns, _HALF):
+        width, matrix, here = min(_HALF, columns - first), w + 4 * first, to + 4 * first
+        if width == _HALF:
+            _whole_row(here, 0, x, 0, 1, 1, matrix, columns, inner, here, 0)
         else:
-            _part_row(here, 0, x, 0, 1, matrix, columns, inner, here, width)
+            _part_row(here, 0, x, 0, 1, 1, matrix, columns, inner, here, 0, width)
+
+
+@njit
+def _pack_panel(to, matrix, inner, columns, turned, panel):
+    first = panel * LANES
+    width = min(LANES, columns - first)
+    for i in range(0, inner, _BLOCK):
+        count = min(_BLOCK, inner - i)
+        here = to + 4 * (first * inner + i * LANES)
+        if width < LANES:
+            clear(here, count * LANES)
+        if turned:
+            out = floats(here, count * LANES)
+            for p in range(width):
+                given = floats(matrix + 4 * ((first + p) * inner + i), count)
+                for j in range(count):
+                    out[j * LANES + p] = given[j]
+        else:
+            for j in range(count):
+                copy(here + 4 * j * LANES, matrix + 4 * ((i + j) * columns + first), width)
+
+
+@kernel
+def pack(item, buffers):
+    """Operands: table of the count of matrices and of (inner, columns, turned) of each, matrices. Results: packed ones.
+
+    An item is a panel.
+    """
+    at = words(buffers, 1)
+    count = ints(at[0], 3)[2]
+    at, sizes = words(buffers, 1 + 2 * count), ints(at[0], 3 + 3 * count)
+    for k in range(count):
+        inner, columns, turned = sizes[3 + 3 * k], sizes[4 + 3 * k], sizes[5 + 3 * k]
+        panels = (columns + LANES - 1) // LANES
+        if item < panels:
+            _pack_panel(at[1 + count + k], at[1 + k], inner, columns, turned, item)
+            return
+        item -= panels
+
+
+class Turned(NamedTuple):
+    """The transpose of a matrix."""
+
+    matrix: jax.Array
+
+
+def packed(*matrices: jax.Array | Turned) -> list[jax.Array]:
+    """Matrices (inner, columns) as `multiply` takes them."""
+    given = [(m.matrix, True) if isinstance(m, Turned) else (m, False) for m in matrices]
+    shapes = [m.shape[::-1] if turned else m.shape for m, turned in given]
+    results = [m[None] for m, _ in given]
+    made = [k for k, (_, columns) in enumerate(shapes) if given[k][1] or columns != LANES]
+    if made:
+        sizes = [v for k in made for v in (*shapes[k], given[k][1])]
+        like = [jax.ShapeDtypeStruct((-(-shapes[k][1] // LANES), shapes[k][0], LANES), jnp.float32) for k in made]
+        operands, items = [given[k][0] for k in made], sum(shape.shape[0] for shape in like)
+        for k, result in zip(made, invoke(pack, items, (len(made), *sizes), operands, like), strict=True):
+            results[k] = result
+    return results

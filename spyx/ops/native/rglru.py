@@ -1,7 +1,8 @@
-"""The forward pass of a small RG-LRU block for CPU, from its input to its output, one row of the batch at a time.
+"""The forward pass of an RG-LRU block for CPU, from its input to its output.
 
-A row goes through time in chunks of `_STEPS` steps that stay in the nearest caches, as do the matrices. Layouts:
-x, y (B, T, H); matrices (inner, columns), with a row of biases each; taps (K, D); conv_state (B, K, D), h (B, D).
+An item is some steps of one row of the batch: they stay in the nearest caches, and only the convolution and the
+recurrence wait for those of the steps before. Layouts: x, y (B, T, H); matrices are packed, with a row of biases each;
+taps (K, D); conv_state (B, K, D), h (B, D).
 """
 
 from __future__ import annotations
@@ -12,18 +13,16 @@ from numba import njit
 from .activations import LOG2_E, exp2_and_slope, sigmoid, softplus
 from .custom_call import kernel
 from .gelu import gelu
-from .memory import floats, ints, words
+from .memory import LINE, add, clear, copy, floats, ints, wait_for, words
 from .products import multiply
 from .vectors import WIDTH, put, take
 
-_STEPS = 48
-"""A multiple of the rows that `multiply` takes at a time."""
 _f = np.float32
 _TINY = np.finfo(np.float32).tiny
 
 # The table, after the kernel's number and the number of items.
-_T, _H, _D, _K = range(2, 6)
-_SIZES = 6
+_T, _B, _H, _D, _K, _STEPS = range(2, 8)
+_SIZES = 8
 
 
 @njit
@@ -54,56 +53,55 @@ def _recur(to, decays, h, steps, D):
 @kernel
 def forward(item, buffers):
     """Operands: table, x, lengths, matrices and biases of gate, input, recurrent gate, input gate and output, taps,
-    bias of the convolution, a_log, c, conv_state, h. Results: y, conv_state, h.
+    bias of the convolution, a_log, c, conv_state, h, zeros (B, LINE). Results: y, conv_state, h, and in the place of
+    the zeros what each row has done.
     """
-    at = words(buffers, 22)
+    at = words(buffers, 24)
     table = ints(at[0], _SIZES)
-    T, H, D, K = table[_T], table[_H], table[_D], table[_K]
-    length = min(max(ints(at[2], item + 1)[item], 0), T)
-    rows = np.zeros((K + _STEPS, D), np.float32)
-    us, rs = np.zeros(_STEPS * D, np.float32), np.zeros(_STEPS * D, np.float32)
-    inputs, gates = np.zeros(_STEPS * D, np.float32), np.zeros(_STEPS * D, np.float32)
-    h, rates = np.zeros(D, np.float32), np.zeros(_STEPS * D, np.float32)
-    a_log = floats(at[15], D)
-    before, h0 = floats(at[17] + 4 * item * K * D, K * D), floats(at[18] + 4 * item * D, D)
-    for p in range(D):
-        rate = -floats(at[16], 1)[0] * softplus(-a_log[p]) * LOG2_E
-        for j in range(_STEPS):
-            rates[j * D + p] = rate
-        h[p] = h0[p]
-    for k in range(K):
-        for p in range(D):
-            rows[k, p] = before[k * D + p]
+    T, B, H, D, K = table[_T], table[_B], table[_H], table[_D], table[_K]
+    number, row = item // B, item % B
+    first = number * table[_STEPS]
+    most = min(table[_STEPS], T - first)
+    steps = min(max(ints(at[2], row + 1)[row] - first, 0), most)
+    before = np.empty((K + steps, D), np.float32)
+    us, rs = np.empty(steps * D, np.float32), np.empty(steps * D, np.float32)
+    inputs, gates = np.empty(steps * D, np.float32), np.empty(steps * D, np.float32)
+    rates, a_log = np.empty(steps * D, np.float32), floats(at[15], D)
+    x, y = at[1] + 4 * (row * T + first) * H, at[20] + 4 * (row * T + first) * H
+    taken, made = before.ctypes.data, before.ctypes.data + 4 * K * D
+    multiply(made, D, x, H, steps, at[5], H, D, at[6])
+    multiply(gates.ctypes.data, D, x, H, steps, at[3], H, D, at[4])
+    for p in range(D if steps else 0):
+        rates[p] = -floats(at[16], 1)[0] * softplus(-a_log[p]) * LOG2_E
+    for j in range(1, steps):
+        copy(rates.ctypes.data + 4 * j * D, rates.ctypes.data, D)
 
-    for start in range(0, length, _STEPS):
-        steps = min(_STEPS, length - start)
-        x, y = at[1] + 4 * (item * T + start) * H, at[19] + 4 * (item * T + start) * H
-        multiply(rows.ctypes.data + 4 * K * D, D, x, H, steps, at[5], D, H, D, at[6])
-        multiply(gates.ctypes.data, D, x, H, steps, at[3], D, H, D, at[4])
-        _convolve(us.ctypes.data, rows.ctypes.data, at[13], at[14], steps, D, K)
-        multiply(rs.ctypes.data, D, us.ctypes.data, D, steps, at[7], D, D, D, at[8])
-        multiply(inputs.ctypes.data, D, us.ctypes.data, D, steps, at[9], D, D, D, at[10])
-        for i in range(steps * D):
-            log2_a = rates[i] * sigmoid(rs[i])
-            decay, slope = exp2_and_slope(log2_a)
-            rest = -log2_a * slope if log2_a > _f(-0.5) else _f(1) - decay
-            scale = np.sqrt(max(rest * (_f(1) + decay), _TINY))
-            us[i] *= scale * sigmoid(inputs[i])
-            rs[i] = decay
-        _recur(us.ctypes.data, rs.ctypes.data, h.ctypes.data, steps, D)
-        for i in range(steps * D):
-            gates[i] = gelu(gates[i]) * us[i]
-        multiply(y, H, gates.ctypes.data, D, steps, at[11], H, D, H, at[12])
-        for k in range(K):
-            for p in range(D):
-                rows[k, p] = rows[steps + k, p]
+    done, shared = at[23] + 4 * LINE * row, at[21] + 4 * row * K * D
+    wait_for(done, number)
+    copy(taken, shared if number else at[17] + 4 * row * K * D, K * D)
+    copy(shared, taken + 4 * steps * D, K * D)
+    add(done, 1)
+    _convolve(us.ctypes.data, taken, at[13], at[14], steps, D, K)
+    multiply(rs.ctypes.data, D, us.ctypes.data, D, steps, at[7], D, D, at[8])
+    multiply(inputs.ctypes.data, D, us.ctypes.data, D, steps, at[9], D, D, at[10])
+    for i in range(steps * D):
+        log2_a = rates[i] * sigmoid(rs[i])
+        decay, slope = exp2_and_slope(log2_a)
+        rest = -log2_a * slope if log2_a > _f(-0.5) else _f(1) - decay
+        scale = np.sqrt(max(rest * (_f(1) + decay), _TINY))
+        us[i] *= scale * sigmoid(inputs[i])
+        rs[i] = decay
 
-    rest = floats(at[19] + 4 * (item * T + length) * H, (T - length) * H)
-    rest[:] = 0
-    after, last = floats(at[20] + 4 * item * K * D, K * D), floats(at[21] + 4 * item * D, D)
-    for k in range(K):
-        for p in range(D):
-            after[k * D + p] = rows[k, p]
-    for p in range(D):
-        last[p] = h[p]
-    us[0], rs[0], inputs[0], gates[0], rows[0] = 0, 0, 0, 0, 0  # numba frees an array after its last use
+    h = at[22] + 4 * row * D
+    wait_for(done + 8, number)
+    if number == 0:
+        copy(h, at[18] + 4 * row * D, D)
+    _recur(us.ctypes.data, rs.ctypes.data, h, steps, D)
+    add(done + 8, 1)
+    for i in range(steps * D):
+        gates[i] = gelu(gates[i]) * us[i]
+    multiply(y, H, gates.ctypes.data, D, steps, at[11], D, H, at[12])
+    clear(y + 4 * steps * H, (most - steps) * H)
+    if steps:
+        us[0], rs[0], inputs[0], gates[0] = 0, 0, 0, 0  # numba frees an array after its last use
+    before[0] = 0

@@ -1,4 +1,4 @@
-"""The compiled CPU kernels of linear_scan and diagonal_ssm against the float64 oracle, called by many threads."""
+"""The compiled CPU kernels of linear_scan against the float64 oracle, called by many threads."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracles.scan import diagonal_ssm as layer_oracle
 from oracles.scan import linear_scan as oracle
 
-from spyx.ops import diagonal_ssm, dispatch, linear_scan
+from spyx.ops import dispatch, linear_scan
 
 pytestmark = pytest.mark.skipif(not dispatch.native_kernels(), reason="numba is not installed, or SPYX_NATIVE=0")
 TARGET = "spyx_native"
@@ -107,48 +106,6 @@ def test_values_and_gradients_match_the_oracle(kind, varying, options):
             assert relative(np.conj(grad), want) <= 3e-6
         if features == [67]:
             assert uses_kernel(run, a, x, h0)
-
-
-def layer(rng, N, H, K):
-    lam, B, C = (numbers(rng, *s, complex_=True) for s in ((N,), (N, H), (K, N)))
-    return lam / np.abs(lam) * np.float32(0.97), B / np.float32(H), C / np.float32(N), numbers(rng, K, H)
-
-
-@pytest.mark.parametrize(
-    ("T", "B", "N", "masked"),
-    [
-        (17, 1, 1, False),
-        (37, 2, 67, True),
-        pytest.param(37, 2, 67, False, marks=pytest.mark.full),
-        pytest.param(130, 3, 32, True, marks=pytest.mark.full),
-    ],
-)
-def test_layers_match_the_oracle(T, B, N, masked):
-    rng = np.random.default_rng()
-    u, values, h0 = numbers(rng, T, B, 5), layer(rng, N, 5, 4), numbers(rng, B, N, complex_=True)
-    kwargs: dict[str, Any] = {}
-    if masked:
-        kwargs = {"reverse": True, "lengths": rng.integers(1, T + 1, B), "reset": rng.random((T, B)) < 0.1}
-    run = jax.jit(partial(diagonal_ssm, precision="highest", return_state=True, **kwargs))
-    assert (calls(run, u, *values, h0) > 1) == (N >= 16)  # one call only reserves the outputs
-    truth = layer_oracle(u, *values, h0, **kwargs)
-    single = layer_oracle(u, *values, h0, **kwargs, **SINGLE)
-    for got, want, plain in zip(run(u, *values, h0), truth, single, strict=True):
-        assert relative(got, want) <= max(1e-6, 2 * relative(plain, want))
-
-    def gradients(method, args):
-        def loss(args):
-            y, state = diagonal_ssm(*args, precision="highest", return_state=True, method=method, **kwargs)
-            return jnp.sum(jnp.sin(y)) + jnp.sum(jnp.abs(state) ** 2)
-
-        return jax.jit(jax.grad(loss))(args)
-
-    args = (u, *values, h0)
-    with jax.enable_x64(True):
-        wide = [jnp.asarray(v, np.complex128 if np.iscomplexobj(v) else np.float64) for v in args]
-        wanted = [np.asarray(g) for g in gradients("sequential", wide)]
-    for got, plain, want in zip(gradients("auto", args), gradients("sequential", args), wanted, strict=True):
-        assert relative(got, want) <= max(2e-6, 2 * relative(plain, want))
 
 
 def test_what_is_not_a_number_stays_in_its_row_and_in_the_padding():

@@ -1,30 +1,38 @@
 """What the kernels of whole layers are made of: products of a few rows, the activation, against float64."""
 
+import importlib
 import math
+import pkgutil
 
 import jax
 import numpy as np
 import pytest
 from numba import njit
 
+from spyx.ops import native
 from spyx.ops.native.gelu import gelu
-from spyx.ops.native.products import LANES, ROWS, add_product, multiply
+from spyx.ops.native.products import LANES, ROWS, Turned, add_product, add_row, multiply, packed
 
 
 @njit(error_model="numpy", fastmath={"contract"})
-def product(to, x, w, bias):
+def product(to, x, w, columns, bias):
     rows, inner = x.shape
-    columns = w.shape[1]
-    to_stride, w_stride = to.strides[0] // 4, w.strides[0] // 4
     multiply(
-        to.ctypes.data, to_stride, x.ctypes.data, x.strides[0] // 4, rows, w.ctypes.data, w_stride, inner, columns,
+        to.ctypes.data, to.strides[0] // 4, x.ctypes.data, x.strides[0] // 4, rows, w.ctypes.data, inner, columns,
         bias.ctypes.data,
     )  # fmt: skip
 
 
 @njit(error_model="numpy", fastmath={"contract"})
-def added(to, x, w):
-    add_product(to.ctypes.data, x.ctypes.data, w.ctypes.data, w.shape[0], w.shape[1])
+def added(to, x, w, columns):
+    rows, inner = x.shape
+    stride, step = x.strides[0] // 4, x.strides[1] // 4
+    add_product(to.ctypes.data, to.strides[0] // 4, x.ctypes.data, stride, step, rows, w.ctypes.data, inner, columns)
+
+
+@njit(error_model="numpy", fastmath={"contract"})
+def added_row(to, x, w):
+    add_row(to.ctypes.data, x.ctypes.data, w.ctypes.data, w.shape[0], w.shape[1])
 
 
 @njit(error_model="numpy", fastmath={"contract"})
@@ -33,32 +41,55 @@ def activated(to, x):
         to[p] = gelu(x[p])
 
 
-@pytest.mark.parametrize(
-    ("rows", "inner", "columns"),
-    [(1, 1, 1), (ROWS, 5, LANES), (ROWS + 1, 3, LANES + 1), (2 * ROWS - 1, 67, 3 * LANES - 1), (5, 0, 7)],
-)
+SIZES = [
+    (1, 1, 1), (ROWS, 5, LANES), (ROWS + 1, 3, LANES + 1), (2 * ROWS - 1, 67, 3 * LANES - 1), (5, 0, 7),
+    (2 * ROWS + 1, 9, LANES // 2), (4 * ROWS, 20, LANES + LANES // 2), (3, 4, LANES // 2 - 1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("rows", "inner", "columns"), SIZES)
 def test_products_write_their_rows_and_nothing_else(rows, inner, columns):
     rng = np.random.default_rng()
-    x, w = rng.standard_normal((rows, inner + 3), np.float32), rng.standard_normal((inner, columns + 2), np.float32)
+    x, w = rng.standard_normal((rows, inner + 3), np.float32), rng.standard_normal((inner, columns), np.float32)
     bias = rng.standard_normal(columns, np.float32)
+    matrix = np.asarray(packed(w)[0]) if inner else np.zeros((1, 1, LANES), np.float32)
+    exact = x[:, :inner].astype(float) @ w.astype(float)
+    size = np.abs(x[:, :inner]).astype(float) @ np.abs(w)
+
+    def check(to, exact, size):
+        assert np.all(np.abs(to[:rows, :columns] - exact) <= 2**-23 * math.sqrt(inner + 1) * size)
+        assert np.all(to[rows] == 7)
+        assert np.all(to[:, columns:] == 7)
+
     to = np.full((rows + 1, columns + 4), 7, np.float32)
-    product(to[:, :columns], x[:rows, :inner], w[:, :columns], bias)
-    exact = x[:, :inner].astype(float) @ w[:, :columns].astype(float) + bias
-    size = np.abs(x[:, :inner]).astype(float) @ np.abs(w[:, :columns]) + np.abs(bias)
-    assert np.all(np.abs(to[:rows, :columns] - exact) <= 2**-23 * math.sqrt(inner + 1) * size)
-    assert np.all(to[rows] == 7)
-    assert np.all(to[:, columns:] == 7)
+    product(to[:, :columns], x[:rows, :inner], matrix, columns, bias)
+    check(to, exact + bias, size + np.abs(bias))
+    for given in (x[:rows, :inner], np.ascontiguousarray(x[:rows, :inner].T).T):
+        to = np.full((rows + 1, columns + 4), 7, np.float32)
+        added(to[:, :columns], given, matrix, columns)
+        check(to, exact + 7, size + 7)
 
 
-@pytest.mark.parametrize(("inner", "columns"), [(1, 1), (7, LANES), (13, 2 * LANES + 5)])
+@pytest.mark.parametrize(("inner", "columns"), [(1, 1), (7, LANES // 2), (13, 2 * LANES + 5)])
 def test_a_row_is_added(inner, columns):
     rng = np.random.default_rng()
     x, w = rng.standard_normal(inner, np.float32), rng.standard_normal((inner, columns), np.float32)
     start = rng.standard_normal(columns, np.float32)
     to = np.append(start, np.float32(7))
-    added(to[:columns], x, w)
+    added_row(to[:columns], x, w)
     np.testing.assert_allclose(to[:columns], x.astype(float) @ w + start, atol=1e-5)
     assert to[columns] == 7
+
+
+def test_matrices_are_packed_in_one_call():
+    rng = np.random.default_rng()
+    shapes = (3, LANES), (37, 2 * LANES + 5), (1, 1), (LANES, 18)
+    matrices = [rng.standard_normal(shape, np.float32) for shape in shapes]
+    for given in (matrices, [Turned(m.T.copy()) for m in matrices]):
+        for result, matrix in zip(jax.jit(lambda given: packed(*given))(given), matrices, strict=True):
+            panels = -(-matrix.shape[1] // LANES)
+            whole = np.pad(matrix, ((0, 0), (0, panels * LANES - matrix.shape[1])))
+            np.testing.assert_array_equal(result, whole.reshape(len(matrix), panels, LANES).transpose(1, 0, 2))
 
 
 def test_the_activation_is_exact_in_both_tails():
@@ -73,3 +104,8 @@ def test_the_activation_is_exact_in_both_tails():
     with jax.enable_x64(True):
         close = np.asarray(jax.nn.gelu(x.astype(float), approximate=False))
     np.testing.assert_allclose(exact[~np.isnan(x)], close[~np.isnan(x)], atol=1e-12)
+
+
+def test_no_two_kernels_have_the_same_number():
+    for module in pkgutil.iter_modules(native.__path__):
+        importlib.import_module(f"{native.__name__}.{module.name}")
