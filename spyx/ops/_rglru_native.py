@@ -47,12 +47,12 @@ def forward(
     (T, B, H), (K, D) = x.shape, taps.shape
     conv_state, h = before or (jnp.zeros((B, D, K), x.dtype), jnp.zeros((B, D), x.dtype))
     matrices = packed(*(matrix for matrix, _ in projections))
-    biases = [_or_zero(bias, matrix.shape[1]) for matrix, bias in projections]
-    affine = [v for pair in zip(matrices, biases, strict=True) for v in pair]
+    affine = [v for pair in zip(matrices, biases_of(projections), strict=True) for v in pair]
     done = jnp.zeros((B, LINE), jnp.int32)
     operands = (
         jnp.swapaxes(x, 0, 1), jnp.full((B,), T, jnp.int32) if lengths is None else lengths.astype(jnp.int32), *affine,
-        taps, _or_zero(conv_bias, D), a_log, jnp.full((1,), c, jnp.float32), jnp.swapaxes(conv_state, 1, 2), h, done,
+        taps, *biases_of([(taps, conv_bias)]), a_log, jnp.full((1,), c, jnp.float32),
+        jnp.swapaxes(conv_state, 1, 2), h, done,
     )  # fmt: skip
     results = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((B, T, H), (B, K, D), (B, D))]
     results.append(jax.ShapeDtypeStruct(done.shape, done.dtype))
@@ -61,5 +61,6 @@ def forward(
     return jnp.swapaxes(y, 0, 1), jnp.swapaxes(conv_state, 1, 2), h
 
 
-def _or_zero(bias: Float[Array, " D"] | None, width: int) -> Float[Array, " D"]:
-    return jnp.zeros((width,), jnp.float32) if bias is None else bias
+def biases_of(projections: Sequence[Affine]) -> list[Float[Array, " out"]]:
+    """The biases, 0 where there is none."""
+    return [jnp.zeros(matrix.shape[1:], jnp.float32) if bias is None else bias for matrix, bias in projections]

@@ -12,7 +12,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from spyx.ops import causal_conv1d, causal_conv1d_update, selective_scan, selective_state_update
+from spyx.ops import _mamba_native, causal_conv1d, causal_conv1d_update, selective_scan, selective_state_update
+from spyx.ops._undifferentiated import undifferentiated
 from spyx.ops.dtypes import widen
 from spyx.ops.selective import Discretization
 
@@ -21,6 +22,7 @@ from ...core.layers import bias_of, depthwise_conv, linear, taps
 from ...core.variables import hint
 from ...random import default_rngs
 from ...state import IncompatibleKeys
+from ._kernels import may_fuse
 from .base import LTV_LRNN, Cache
 
 
@@ -104,16 +106,33 @@ class MambaMixer(LTV_LRNN):
         lengths: Int[Array, " B"] | None,
         state: Cache | None,
     ) -> tuple[Float[Array, "L B H"], Cache]:
-        state = state or {}
+        before = None if state is None else (state["conv_state"], state["lrnn_state"])
+        plain = timesteps is None and self.discretization == "mamba"
+        if plain and may_fuse(x.shape[0], *self._projections()):
+            graph, params = nnx.split(self)
+            y, conv_state, h = _compute(graph, (params, x, before), lengths)
+        else:
+            y, conv_state, h = self._outputs(x, timesteps, before, lengths)
+        return y, {"conv_state": conv_state, "lrnn_state": h}
+
+    def _outputs(
+        self,
+        x: Float[Array, "L B H"],
+        timesteps: Float[Array, "L B"] | None,
+        before: tuple[Float[Array, "B D K"], Float[Array, "B D N"]] | None,
+        lengths: Int[Array, " B"] | None,
+    ) -> tuple[Float[Array, "L B H"], Float[Array, "B D K"], Float[Array, "B D N"]]:
+        conv_state, h0 = before or (None, None)
         u, z = jnp.split(self.in_proj(x), 2, -1)
         u, conv_state = causal_conv1d(
-            u, *taps(self.conv1d), state.get("conv_state"), activation="silu", lengths=lengths, return_state=True
+            u, *taps(self.conv1d), conv_state, activation="silu", lengths=lengths, return_state=True
         )
         system, options = self._system(u, timesteps)
-        y, h = selective_scan(
-            u, *system, self.D[...], z, **options, h0=state.get("lrnn_state"), lengths=lengths, return_state=True
-        )
-        return self.out_proj(y), {"conv_state": conv_state, "lrnn_state": h}
+        y, h = selective_scan(u, *system, self.D[...], z, **options, h0=h0, lengths=lengths, return_state=True)
+        return self.out_proj(y), conv_state, h
+
+    def _projections(self) -> list[nnx.Linear]:
+        return [self.in_proj, self.x_proj, self.dt_proj, self.out_proj]
 
     def _update(
         self, x: Float[Array, "B H"], timesteps: Float[Array, " B"] | None, state: Cache
@@ -234,6 +253,25 @@ class Mamba(MambaMixer):
             copies = {f"dtA_proj.{leaf}": state_dict.get(f"dt_proj.{leaf}") for leaf in ("weight", "bias")}
             state_dict = {**state_dict, **{name: value for name, value in copies.items() if value is not None}}
         return super().load_state_dict(state_dict, strict, dtype=dtype)
+
+
+def _in_jax(graph, values, lengths):
+    params, x, before = values
+    return nnx.merge(graph, params)._outputs(x, None, before, lengths)
+
+
+def _in_kernel(graph, values, lengths):
+    params, x, before = values
+    layer = nnx.merge(graph, params)
+    projections = [(p.kernel[...], None if p.bias is None else p.bias[...]) for p in layer._projections()]
+    weights, bias = taps(layer.conv1d)
+    A, D = -jnp.exp(layer.A_log[...]), layer.D[...]
+    if not _mamba_native.fits(x, projections, weights, bias, A, D, *(before or ())):
+        return layer._outputs(x, None, before, lengths)
+    return _mamba_native.forward(x, projections, weights.T, bias, A, D, layer.norm_eps, before, lengths)
+
+
+_compute = undifferentiated("mamba", _in_jax, _in_kernel)
 
 
 def initial_dt_bias(

@@ -26,7 +26,7 @@ _SIZES = 8
 
 
 @njit
-def _convolve(to, rows, taps, bias, steps, D, K):
+def convolve(to, rows, taps, bias, steps, D, K):
     """The causal convolution of (K + steps, D), K of them before the first step, per column."""
     for first in range(0, 4 * D, 4 * WIDTH):
         width = min(WIDTH, D - first // 4)
@@ -81,7 +81,7 @@ def forward(item, buffers):
     copy(taken, shared if number else at[17] + 4 * row * K * D, K * D)
     copy(shared, taken + 4 * steps * D, K * D)
     add(done, 1)
-    _convolve(us.ctypes.data, taken, at[13], at[14], steps, D, K)
+    convolve(us.ctypes.data, taken, at[13], at[14], steps, D, K)
     multiply(rs.ctypes.data, D, us.ctypes.data, D, steps, at[7], D, D, at[8])
     multiply(inputs.ctypes.data, D, us.ctypes.data, D, steps, at[9], D, D, at[10])
     for i in range(steps * D):

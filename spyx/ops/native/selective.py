@@ -100,6 +100,18 @@ def _visit(table, k, v):
     return segment, segment * table[_S] + (members - 1 - place if reverse else place), place, left
 
 
+@njit(inline="always")
+def advance(kind, event, h, rates, dt, step, drive, b, c, y):
+    """One step of `WIDTH` channels: states h (N, WIDTH), and what they add to y."""
+    for n in range(len(b)):
+        for p in range(WIDTH):
+            key, rest = respond(kind, step[p], rates[n, p])
+            if event:
+                _, rest = respond(kind, dt[p], rates[n, p])
+            h[n, p] = decay(kind, key, step[p], rates[n, p]) * h[n, p] + drive[p] * b[n] * rest
+            y[p] += h[n, p] * c[n]
+
+
 def _kernels(make: Callable[[int, bool], Callable[[int, int], None]]) -> dict[tuple[str, bool], int]:
     """The number of each kernel by (discretization, event)."""
 
@@ -168,13 +180,7 @@ def _forward(kind: int, event: bool):
                 drive[p] = common(kind, dt[p]) * u[p]
                 y[p] = D[p] * u[p]
             b, c = floats(at[4] + 4 * (t * E + e) * N, N), floats(at[5] + 4 * (t * E + e) * N, N)
-            for n in range(N):
-                for p in range(WIDTH):
-                    key, rest = respond(kind, step[p], a[n, p])
-                    if event:
-                        _, rest = respond(kind, dt[p], a[n, p])
-                    h[n, p] = decay(kind, key, step[p], a[n, p]) * h[n, p] + drive[p] * b[n] * rest
-                    y[p] += h[n, p] * c[n]
+            advance(kind, event, h, a, dt, step, drive, b, c, y)
             if table[_HAS_Z]:
                 _load(u, at[6], here, width)
                 for p in range(WIDTH):
