@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from ._rglru_native import Affine, biases_of
 
-_STEPS = 48
+_STEPS = 96
 """Steps of an item, which stay next to a core: a multiple of the rows that `native.products` takes at a time."""
 _MOST_WEIGHTS = 1 << 19
 """More do not stay next to a core."""
