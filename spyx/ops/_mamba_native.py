@@ -67,4 +67,4 @@ def forward(
     rank = others[1][0].shape[0]
     sizes = T, B, H, P, N, K, rank, _STEPS, norm_eps is not None
     y, conv_state, h, _ = invoke(mamba.forward, B * -(-T // _STEPS), sizes, operands, results, {len(operands): 3})
-    return tuple(jnp.swapaxes(v, *axes) for v, axes in ((y, (0, 1)), (conv_state, (1, 2)), (h, (1, 2))))
+    return jnp.swapaxes(y, 0, 1), jnp.swapaxes(conv_state, 1, 2), jnp.swapaxes(h, 1, 2)

@@ -6,7 +6,7 @@ each block. All arrays are real: the P parts (re, im) of a complex state lie sid
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +52,7 @@ def _entry(start, steps: int, reverse: bool):
     return (start + steps - 1 if reverse else start) // STEPS
 
 
-def forward(system: System, u, h0, reset, valid, *, reverse: bool, precision, by_platform: bool):
+def forward(system: System, u, h0, reset, valid, *, by_platform: bool, **how: Any):
     """The whole layer, block by block.
 
     Args:
@@ -60,21 +60,23 @@ def forward(system: System, u, h0, reset, valid, *, reverse: bool, precision, by
         u: (T, B, H) in any real dtype, padding included. h0: (B, P, N).
         reset: bool (T, 1 or B, 1, 1) or None. valid: bool (T, B, 1, 1) or None.
         by_platform: CPUs may run it by a kernel of `spyx.ops.native`.
+        how: `reverse`, `precision`, and `batch_first`: whether u is the transpose of an array (B, T, H), as y then is.
 
     Returns:
         y (T, B, K) in the dtype of u, h_last (B, P, N), and the states kept: those before the blocks at least.
     """
     compute = _forward_by_platform if by_platform else _forward
-    return compute(system, u, h0, reset, valid, reverse=reverse, precision=precision)
+    return compute(system, u, h0, reset, valid, **how)
 
 
-def adjoint(system: System, u, h0, reset, valid, before, dy, dh_last, *, reverse: bool, precision, by_platform: bool):
+def adjoint(system: System, u, h0, reset, valid, before, dy, dh_last, *, by_platform: bool, **how: Any):
     """Transpose of `forward` with its arguments and the states it kept: `(d_system, du, dh0)`."""
     compute = _adjoint_by_platform if by_platform else _adjoint
-    return compute(system, u, h0, reset, valid, before, dy, dh_last, reverse=reverse, precision=precision)
+    return compute(system, u, h0, reset, valid, before, dy, dh_last, **how)
 
 
-def _forward(system: System, u, h0, reset, valid, *, reverse: bool, precision):
+def _forward(system: System, u, h0, reset, valid, *, reverse: bool, precision, batch_first: bool):
+    del batch_first
     T, B, _ = u.shape
     L = block_length(system, u, h0)
 
@@ -93,7 +95,8 @@ def _forward(system: System, u, h0, reset, valid, *, reverse: bool, precision):
     return y, h, before
 
 
-def _adjoint(system: System, u, h0, reset, valid, before, dy, dh_last, *, reverse: bool, precision):
+def _adjoint(system: System, u, h0, reset, valid, before, dy, dh_last, *, reverse: bool, precision, batch_first: bool):
+    del batch_first
     T, P, L = u.shape[0], h0.shape[1], block_length(system, u, h0)
 
     def block(state, i, start, steps):
@@ -116,12 +119,12 @@ def _adjoint(system: System, u, h0, reset, valid, before, dy, dh_last, *, revers
         return c, du, jax.tree.map(jnp.add, total, parts)
 
     zero = jax.tree.map(jnp.zeros_like, system)
-    zero = zero._replace(**{name: jnp.zeros(_turned(getattr(system, name).shape), h0.dtype) for name in "BC"})
+    zero = zero._replace(**{name: jnp.zeros(_rotated(getattr(system, name).shape), h0.dtype) for name in "BC"})
     c, du, total = over_blocks(block, (dh_last, jnp.zeros_like(u), zero), T, L, reverse=not reverse)
     return total._replace(B=total.B.transpose(1, 2, 0), C=total.C.transpose(1, 2, 0)), du, c
 
 
-def _turned(shape):
+def _rotated(shape):
     return shape[-1], *shape[:-1]
 
 
@@ -138,18 +141,32 @@ def _transpose(lam, x, h, dH, c, reset, valid, *, reverse: bool):
     return H, _decay_cotangent(G, previous(h, H, reset, reverse), lam.shape[0]), G, c
 
 
-def _native_forward(system: System, u, h0, reset, valid, *, reverse: bool, precision):
+def _native_forward(system: System, u, h0, reset, valid, *, reverse: bool, precision, batch_first: bool):
+    how = {"reverse": reverse, "batch_first": batch_first}
     if not _diagonal_native.fits(u, system, h0):
-        return _forward(system, u, h0, reset, valid, reverse=reverse, precision=precision)
-    return _diagonal_native.forward(u, join(system.lam, 0), *system[1:], h0, reset, valid, reverse=reverse)
+        return _forward(system, u, h0, reset, valid, precision=precision, **how)
+    turn = _turned if batch_first else _as_it_is
+    values = turn(u), join(system.lam, 0), system.B, system.C, system.D, h0, reset, valid
+    y, h_last, before = _diagonal_native.forward(*values, **how)
+    return turn(y), h_last, before
 
 
-def _native_adjoint(system: System, u, h0, reset, valid, *saved, reverse: bool, precision):
+def _native_adjoint(system: System, u, h0, reset, valid, before, dy, dh_last, *, reverse: bool, precision, batch_first):
+    how = {"reverse": reverse, "batch_first": batch_first}
     if not _diagonal_native.fits(u, system, h0):
-        return _adjoint(system, u, h0, reset, valid, *saved, reverse=reverse, precision=precision)
-    values = u, join(system.lam, 0), *system[1:], h0, reset, valid, *saved
-    du, d_lam, dB, dC, dD, dh0 = _diagonal_native.adjoint(*values, reverse=reverse)
-    return System(d_lam[: system.lam.shape[0]], dB, dC, dD), du, dh0
+        return _adjoint(system, u, h0, reset, valid, before, dy, dh_last, precision=precision, **how)
+    turn = _turned if batch_first else _as_it_is
+    values = turn(u), join(system.lam, 0), system.B, system.C, system.D, h0, reset, valid
+    du, d_lam, dB, dC, dD, dh0 = _diagonal_native.adjoint(*values, before, turn(dy), dh_last, **how)
+    return System(d_lam[: system.lam.shape[0]], dB, dC, dD), turn(du), dh0
+
+
+def _turned(z):
+    return jnp.swapaxes(z, 0, 1)
+
+
+def _as_it_is(z):
+    return z
 
 
 _forward_by_platform = platform_primitive("diagonal_layer", _forward, native=_native_forward)

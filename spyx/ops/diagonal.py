@@ -46,6 +46,7 @@ def diagonal_ssm(
     return_state: bool = False,
     method: Method = "auto",
     precision: Precision = None,
+    batch_first: bool = False,
 ):
     """h_t = lam h_{t-1} + B u_t, y_t = Re(C h_t) + D u_t: projections, scan and readout of a diagonal SSM.
 
@@ -63,6 +64,7 @@ def diagonal_ssm(
         conj_sym: `lam`, `B`, `C` hold one of each conjugate pair: the real part counts twice.
         return_state: also return the last state computed.
         precision: of every matrix product, as in `jax.lax.dot`.
+        batch_first: `u` is (B, T, H) and y (B, T, K): a CPU then computes without turning them.
 
     Returns:
         y of shape (T, B, K) in the dtype of `u`; with `return_state`, `(y, state)` with state (B, N),
@@ -79,7 +81,8 @@ def diagonal_ssm(
     reset = None if reset is None else jnp.asarray(reset)
     lengths = None if lengths is None else jnp.asarray(lengths)
     if u.ndim != 3:
-        raise ValueError(f"u must have shape (T, B, H), got {u.shape}")
+        raise ValueError(f"u must have shape {'(B, T, H)' if batch_first else '(T, B, H)'}, got {u.shape}")
+    u = jnp.swapaxes(u, 0, 1) if batch_first else u
     _check(u, lam, B, C, D, h0)
     check_method(method)
     if reset is not None:
@@ -88,8 +91,9 @@ def diagonal_ssm(
         check_lengths(lengths, u.shape)
     y, state = _diagonal_ssm(
         u, lam, B, C, D, h0, reset, lengths,
-        reverse=reverse, conj_sym=conj_sym, method=method, precision=_hashable(precision),
+        reverse=reverse, conj_sym=conj_sym, method=method, precision=_hashable(precision), batch_first=batch_first,
     )  # fmt: skip
+    y = jnp.swapaxes(y, 0, 1) if batch_first else y
     return (y, state) if return_state else y
 
 
@@ -167,18 +171,20 @@ class _How(NamedTuple):
 
     scan: How
     precision: Precision
+    batch_first: bool
 
     @property
     def streamed(self) -> dict:
         return {
             "reverse": self.scan.reverse,
             "precision": self.precision,
+            "batch_first": self.batch_first,
             "by_platform": self.scan.method == "auto",
         }
 
 
-@partial(jax.jit, static_argnames=("reverse", "conj_sym", "method", "precision"))
-def _diagonal_ssm(u, lam, B, C, D, h0, reset, lengths, *, reverse, conj_sym, method, precision):
+@partial(jax.jit, static_argnames=("reverse", "conj_sym", "method", "precision", "batch_first"))
+def _diagonal_ssm(u, lam, B, C, D, h0, reset, lengths, *, reverse, conj_sym, method, precision, batch_first):
     T, batch = u.shape[:2]
     real, state = state_dtype(u, lam, B, C, D, h0), scan_dtype(lam, B, h0)
     state = jnp.result_type(real, state)
@@ -190,7 +196,7 @@ def _diagonal_ssm(u, lam, B, C, D, h0, reset, lengths, *, reverse, conj_sym, met
         None if lengths is None else valid_steps(lengths, T, 4),
     )
     system = _system(lam, B, 2 * C if conj_sym else C, D, state)
-    how = _How(How(reverse, method), precision)
+    how = _How(How(reverse, method), precision, batch_first)
     f = _recomputed if streams(method, T) else _plain
     if method == "pallas":
         f = partial(_plain, scan=streamed_scan)

@@ -83,10 +83,9 @@ class LTI_LRNN(LRNN):
             A_bar, B_bar, C = (inference_cache[name] for name in self._cache_names)
             h0 = inference_cache["lrnn_state"]
         y, h = diagonal_ssm(
-            jnp.swapaxes(x, 0, 1), A_bar, B_bar, C, self._feedthrough(), h0,
-            lengths=lengths, conj_sym=self.conj_sym, return_state=True, precision=self.precision,
+            x, A_bar, B_bar, C, self._feedthrough(), h0, lengths=lengths, conj_sym=self.conj_sym,
+            return_state=True, precision=self.precision, batch_first=True,
         )  # fmt: skip
-        y = jnp.swapaxes(y, 0, 1)
         return y if inference_cache is None else (y, {**inference_cache, "lrnn_state": h})
 
     @torch_in_torch_out

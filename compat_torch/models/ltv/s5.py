@@ -163,9 +163,11 @@ def _in_jax(how, values, lengths):
     B = gamma[:, None] * B
     if A_bar.ndim > 1:
         return varying_ssm(x, A_bar, B, C, D, h0, lengths=lengths, conj_sym=conj_sym, precision=precision)
-    return diagonal_ssm(
-        x, A_bar, B, C, D, h0, lengths=lengths, conj_sym=conj_sym, return_state=True, precision=precision
-    )
+    y, h = diagonal_ssm(
+        jnp.swapaxes(x, 0, 1), A_bar, B, C, D, h0, lengths=lengths, conj_sym=conj_sym, return_state=True,
+        precision=precision, batch_first=True,
+    )  # fmt: skip
+    return jnp.swapaxes(y, 0, 1), h
 
 
 def _in_kernel(how, values, lengths):

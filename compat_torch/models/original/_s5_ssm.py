@@ -196,12 +196,12 @@ class S5SSM(LTI_LRNN):
             raise self._no_cache()
         x = self._input(x, "(B, L, H)")
         A_bar, B_bar, C = self._system()
-        u, n = jnp.swapaxes(widen(x), 0, 1), self._n_states
+        u, n = widen(x), self._n_states
         lengths = None if lengths is None else jnp.asarray(lengths)
         how: dict[str, Any] = {"lengths": lengths, "conj_sym": self.conj_sym, "precision": self.precision}
-        y: Any = diagonal_ssm(u, A_bar, B_bar, C[:, :n], self._feedthrough(), **how)
-        y = y + diagonal_ssm(u, A_bar, B_bar, C[:, n:], reverse=True, **how)
-        return jnp.swapaxes(y, 0, 1).astype(x.dtype)
+        y: Any = diagonal_ssm(u, A_bar, B_bar, C[:, :n], self._feedthrough(), **how, batch_first=True)
+        y = y + diagonal_ssm(u, A_bar, B_bar, C[:, n:], reverse=True, **how, batch_first=True)
+        return y.astype(x.dtype)
 
     def allocate_inference_cache(self, batch_size: int, max_seqlen: int = 1, dtype: Any = None) -> Cache:
         """A cache with zero state and the discrete system of the parameters as they are now.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -110,6 +112,28 @@ def test_small_shapes(shape, method):
     want, want_state = oracle(u, lam, b, c, None, h0)
     assert relative(y, want) <= 2e-6
     assert relative(state, want_state) <= 2e-6
+
+
+@pytest.mark.parametrize("method", ["auto", "sequential"])
+def test_the_batch_may_come_first(method):
+    rng = np.random.default_rng(0)
+    u, values = numbers(rng, T, B, H, complex_=False), system(rng, "S5, real B, wide D")
+    kwargs = {"lengths": np.array([T, 20, 0]), "method": method, "return_state": True}
+
+    @partial(jax.jit, static_argnames="batch_first")
+    def run(u, batch_first=False):
+        turn = (lambda z: jnp.swapaxes(z, 0, 1)) if batch_first else (lambda z: z)
+
+        def f(u, *values):
+            y, state = diagonal_ssm(turn(u), *values, **kwargs, batch_first=batch_first)
+            return turn(y), state
+
+        out, pull = jax.vjp(f, u, *values)
+        return out, pull(jax.tree.map(jnp.ones_like, out))
+
+    jax.tree.map(np.testing.assert_array_equal, run(u, batch_first=True), run(u))
+    with pytest.raises(ValueError, match=r"\(B, T, H\), got \(37, 3\)"):
+        diagonal_ssm(u[..., 0], *values, batch_first=True)
 
 
 @pytest.mark.parametrize("method", METHODS)
