@@ -134,10 +134,9 @@ def generate(
     pending = np.take_along_axis(rows, lengths[:, None] - 1, 1)[:, 0]
     before = rows.shape[1] - 1
     room, buffer = _power_of_two(before, _SHORTEST_PREFILL), _power_of_two(max_new_tokens, _SHORTEST_BUFFER)
-    graphdef, variables = nnx.split(model)
     if (lengths > 1).any():
         prompt = np.pad(rows[:, :-1], ((0, 0), (0, room - before)))
-        state = _prefill(graphdef, room + buffer, variables, prompt, lengths - 1, state)
+        state = _prefill(model, room + buffer, prompt, lengths - 1, state)
     elif state is None:
         state = model.allocate_inference_cache(B, room + buffer)
     else:
@@ -145,7 +144,7 @@ def generate(
     start = GenerationCache(state, jnp.array(pending), jnp.array(finished), jnp.array(seen))
     loop = _Loop(start, jnp.zeros((B, buffer), jnp.int32), jnp.int32(0), jnp.bool_(False))
     key = default_rngs(rngs).sample() if settings.temperature > 0 else jax.random.key(0)
-    advance = partial(_advance, graphdef, return_cache, variables, key, settings, ends, np.int32(pad))
+    advance = partial(_advance, model, return_cache, key, settings, ends, np.int32(pad))
     if on_token is None:
         loop = advance(np.int32(max_new_tokens), loop)
     else:
@@ -179,24 +178,24 @@ def _stream(advance: Callable, max_new_tokens: int, loop: _Loop, on_token: Calla
     return loop
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def _prefill(graphdef, room: int, variables, ids, lengths, state):
-    model = nnx.merge(graphdef, variables)
+@partial(jax.jit, static_argnums=1)
+def _prefill(model, room: int, ids, lengths, state):
     state = model.allocate_inference_cache(len(ids), room) if state is None else state
     return model.prefill(ids, state, lengths=lengths)[1]
 
 
-@partial(jax.jit, static_argnums=(0, 1), donate_argnames="loop")
-def _advance(graphdef, keep, variables, key, settings, ends, pad, stop, loop: _Loop) -> _Loop:
+@partial(jax.jit, static_argnums=1, donate_argnames="loop")
+def _advance(model, keep, key, settings, ends, pad, stop, loop: _Loop) -> _Loop:
     """Steps until `stop` tokens are there or all rows have ended; with `keep` the state of such rows stands still."""
-    rows = jnp.arange(loop.tokens.shape[0])
+    rows, (leaves, structure) = jnp.arange(loop.tokens.shape[0]), jax.tree.flatten(model)
 
     def going(loop: _Loop):
         return (loop.made < stop) & ~jnp.all(loop.cache.finished) & ~loop.failed
 
     def body(loop: _Loop) -> _Loop:
         state, pending, finished, seen = loop.cache
-        out, after = nnx.merge(graphdef, variables).step(pending[:, None], state)
+        # variables of this level of tracing, which a step may change
+        out, after = jax.tree.unflatten(structure, leaves).step(pending[:, None], state)
         after = jax.tree.map(lambda new, old: new.astype(old.dtype), after, state)
         if keep:
             after = jax.tree.map(lambda new, old: jnp.where(_along(finished, new), old, new), after, state)

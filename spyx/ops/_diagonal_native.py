@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from typing import Any
 
 import jax
@@ -12,7 +11,7 @@ from jaxtyping import Array, Bool, Complex, Float
 
 STEPS = 96
 """Steps of an item, which stay next to a core: a multiple of the rows that `native.products` takes at a time."""
-_MOST_SUMS, _SUMS_BYTES = 16, 1 << 20
+_FEWEST_SUMS, _MOST_SUMS, _SUMS_BYTES = 4, 16, 1 << 20
 """Many sums of few items are more accurate and let threads wait less, but each has the size of the weights."""
 
 
@@ -68,7 +67,7 @@ def adjoint(u, A, W, V, D, h0, reset, valid, before, dy, dh, *, reverse: bool = 
     items, parts, (rows, P, N) = _items(*sizes[:2]), W.shape[0], h0.shape
     W, V = _rows(_whole(W, h0)), _rows(V)
     totals = (P * N,), W.shape, V.shape, (1,) if D is None else D.shape
-    few = max(os.cpu_count() or 1, _SUMS_BYTES // (4 * sum(map(math.prod, totals))))
+    few = max(_FEWEST_SUMS, _SUMS_BYTES // (4 * sum(map(math.prod, totals))))
     sums = min(items, few, _MOST_SUMS)
     zeros = [
         *(jnp.zeros((count, LINE), jnp.int32) for count in (rows, sums)),

@@ -12,14 +12,6 @@ from ._rglru_native import Affine, biases_of
 
 _STEPS = 96
 """Steps of an item, which stay next to a core: a multiple of the rows that `native.products` takes at a time."""
-_MOST_WEIGHTS = 1 << 19
-"""More do not stay next to a core."""
-
-
-def fits(x: Float[Array, "T B H"], projections: Sequence[Affine], *others: Array | None) -> bool:
-    """Whether `forward` takes these values, and gains by it."""
-    few = sum(matrix.size for matrix, _ in projections) <= _MOST_WEIGHTS
-    return few and x.size > 0 and all(v.dtype == jnp.float32 for v in jax.tree.leaves((x, projections, others)))
 
 
 def forward(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +14,16 @@ _STEPS = 48
 Affine = tuple[Float[Array, "in out"], Float[Array, " out"] | None]
 
 
-def fits(x: Float[Array, "T B H"], projections: Sequence[Affine], *others: Array | None) -> bool:
-    """Whether `forward` takes these values."""
-    return x.size > 0 and all(v.dtype == jnp.float32 for v in jax.tree.leaves((x, projections, others)))
+_MOST_WEIGHTS, _WEIGHTS_PER_ROW = 1 << 20, 1 << 12
+"""More do not stay next to a core, or take longer to pack than the products of few rows."""
+
+
+def fits(x: Float[Array, "T B H"], projections: Sequence[Affine], *others: Any) -> bool:
+    """Whether a kernel takes a block of these values, and gains by it."""
+    few = sum(matrix.size for matrix, _ in projections) <= min(
+        _MOST_WEIGHTS, _WEIGHTS_PER_ROW * x.shape[0] * x.shape[1]
+    )
+    return few and x.size > 0 and all(v.dtype == jnp.float32 for v in jax.tree.leaves((x, projections, others)))
 
 
 def forward(

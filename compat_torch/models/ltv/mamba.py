@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from spyx.ops import _mamba_native, causal_conv1d, causal_conv1d_update, selective_scan, selective_state_update
+from spyx.ops._rglru_native import fits
 from spyx.ops._undifferentiated import undifferentiated
 from spyx.ops.dtypes import widen
 from spyx.ops.selective import Discretization
@@ -266,7 +267,7 @@ def _in_kernel(graph, values, lengths):
     projections = [(p.kernel[...], None if p.bias is None else p.bias[...]) for p in layer._projections()]
     weights, bias = taps(layer.conv1d)
     A, D = -jnp.exp(layer.A_log[...]), layer.D[...]
-    if not _mamba_native.fits(x, projections, weights, bias, A, D, *(before or ())):
+    if not fits(x, projections, weights, bias, A, D, *(before or ())):
         return layer._outputs(x, None, before, lengths)
     return _mamba_native.forward(x, projections, weights.T, bias, A, D, layer.norm_eps, before, lengths)
 
