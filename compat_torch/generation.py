@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -141,9 +141,11 @@ def generate(
         state = model.allocate_inference_cache(B, room + buffer)
     else:
         state = jax.tree.map(jnp.array, state)
-    start = GenerationCache(state, jnp.array(pending), jnp.array(finished), jnp.array(seen))
-    loop = _Loop(start, jnp.zeros((B, buffer), jnp.int32), jnp.int32(0), jnp.bool_(False))
-    key = default_rngs(rngs).sample() if settings.temperature > 0 else jax.random.key(0)
+    # NumPy's, which cost less to make than JAX's outside of a program
+    begin: tuple[Any, ...] = np.zeros((B, buffer), np.int32), np.int32(0), np.bool_(False)
+    seen_so_far: tuple[Any, ...] = pending, finished, seen
+    loop = _Loop(GenerationCache(state, *seen_so_far), *begin)
+    key = default_rngs(rngs).sample() if settings.temperature > 0 else _any_key()
     advance = partial(_advance, model, return_cache, key, settings, ends, np.int32(pad))
     if on_token is None:
         loop = advance(np.int32(max_new_tokens), loop)
@@ -211,6 +213,12 @@ def _advance(model, keep, key, settings, ends, pad, stop, loop: _Loop) -> _Loop:
         return _Loop(GenerationCache(after, pending, finished, seen), tokens, loop.made + 1, failed)
 
     return jax.lax.while_loop(going, body, loop)
+
+
+@cache
+def _any_key() -> Array:
+    """What takes the place of a key where nothing is drawn."""
+    return jax.random.key(0)
 
 
 def _along(rows: Bool[Array, " B"], leaf: Array) -> Array:
