@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from llvmlite import binding, ir
 from numba import njit, types
 from numba.core import cgutils
@@ -20,15 +21,18 @@ from .vectors import _get, _put
 
 ROWS, LANES = (12, 32) if binding.get_host_cpu_features().get("avx512f") else (6, 16)
 """Rows and columns at a time: their sums nearly fill the registers of the processor."""
+_n = np.intp
+"""Of numbers of one type alone a function is compiled once."""
 _BLOCK = 16
 """Numbers of a row that are turned at a time."""
 _FLOAT, _INT, _WORD = ir.FloatType(), ir.IntType(32), ir.IntType(64)
 
 
 def _tile(
-    builder, most, lanes, to, to_stride, x, x_stride, x_step, rows, w, w_stride, inner, start, start_stride, count=None
+    builder, most, lanes, padded,
+    to, to_stride, x, x_stride, x_step, rows, w, w_stride, inner, start, start_stride, count,
 ):  # fmt: skip
-    """Up to `most` rows of a product, the first `count` or all of `lanes` columns.
+    """Up to `most` rows of a product, the first `count` of `lanes` columns; `padded`: `w` has all of them.
 
     Strides are numbers from one row to the next, `x_step` those from one of the `inner` to the next.
     """
@@ -45,7 +49,7 @@ def _tile(
     begin = [_get(builder, kind, at(start, start_stride, row), count) for row in which]
     sums = [cgutils.alloca_once_value(builder, value) for value in begin]
     with cgutils.for_range(builder, inner) as loop:
-        columns = _get(builder, kind, at(w, w_stride, loop.index), count)
+        columns = _get(builder, kind, at(w, w_stride, loop.index), None if padded else count)
         for row, total in zip(given, sums, strict=True):
             address = builder.inttoptr(at(row, x_step, loop.index), _FLOAT.as_pointer())
             one = builder.insert_element(nothing, builder.load(address, align=4), _INT(0))
@@ -56,31 +60,34 @@ def _tile(
         _put(builder, kind, at(to, to_stride, row), builder.load(total), count)
 
 
-def _tiles(most: int, lanes: int):
-    """`_tile` for compiled code: `(whole, part)`, all of the columns and some of them."""
+def _product(most: int, lanes: int, padded: bool):
+    """`_tile` for compiled code."""
+    name, kind = f"spyx_tile_{most}_{lanes}", ir.FunctionType(ir.VoidType(), [_WORD] * 12)
 
-    def signature(count):
+    def function(module):
+        """One for a module: it would take long to compile at every place it is called from."""
+        if name not in module.globals:
+            made = ir.Function(module, kind, name)
+            made.linkage = "linkonce_odr"
+            made.attributes.add("noinline")
+            builder = ir.IRBuilder(made.append_basic_block())
+            _tile(builder, most, lanes, padded, *made.args)
+            builder.ret_void()
+        return module.globals[name]
+
+    @intrinsic
+    def call(_, to, to_stride, x, x_stride, x_step, rows, w, w_stride, inner, start, start_stride, count):
         def build(context, builder, signature, values):
-            _tile(builder, most, lanes, *values)
+            builder.call(function(builder.module), values)
             return values[0]
 
-        return types.intp(*[types.intp] * count), build
+        return types.intp(*[types.intp] * 12), build
 
-    @intrinsic
-    def whole(_, to, to_stride, x, x_stride, x_step, rows, w, w_stride, inner, start, start_stride):
-        return signature(11)
-
-    @intrinsic
-    def part(_, to, to_stride, x, x_stride, x_step, rows, w, w_stride, inner, start, start_stride, count):
-        return signature(12)
-
-    return whole, part
+    return call
 
 
 _HALF = LANES // 2
-_whole, _part = _tiles(ROWS, LANES)
-_whole_half, _part_half = _tiles(2 * ROWS, _HALF)
-_whole_row, _part_row = _tiles(1, _HALF)
+_whole, _half, _row = _product(ROWS, LANES, True), _product(2 * ROWS, _HALF, True), _product(1, _HALF, False)
 
 
 @njit
@@ -90,14 +97,10 @@ def _panel(to, to_stride, x, x_stride, x_step, rows, w, inner, start, start_stri
     for row in range(0, rows, most):
         here, there, begin = to + 4 * row * to_stride, x + 4 * row * x_stride, start + 4 * row * start_stride
         left = rows - row
-        if width == LANES:
-            _whole(here, to_stride, there, x_stride, x_step, left, w, LANES, inner, begin, start_stride)
-        elif width > _HALF:
-            _part(here, to_stride, there, x_stride, x_step, left, w, LANES, inner, begin, start_stride, width)
-        elif width == _HALF:
-            _whole_half(here, to_stride, there, x_stride, x_step, left, w, LANES, inner, begin, start_stride)
+        if width > _HALF:
+            _whole(here, to_stride, there, x_stride, x_step, left, w, LANES, inner, begin, start_stride, width)
         else:
-            _part_half(here, to_stride, there, x_stride, x_step, left, w, LANES, inner, begin, start_stride, width)
+            _half(here, to_stride, there, x_stride, x_step, left, w, LANES, inner, begin, start_stride, width)
 
 
 @njit
@@ -108,7 +111,7 @@ def multiply(to, to_stride, x, x_stride, rows, w, inner, columns, bias):
     """
     for first in range(0, columns, LANES):
         here, matrix, width = to + 4 * first, w + 4 * first * inner, min(LANES, columns - first)
-        _panel(here, to_stride, x, x_stride, 1, rows, matrix, inner, bias + 4 * first, 0, width)
+        _panel(here, _n(to_stride), x, _n(x_stride), 1, _n(rows), matrix, _n(inner), bias + 4 * first, 0, width)
 
 
 @njit
@@ -116,18 +119,16 @@ def add_product(to, to_stride, x, x_stride, x_step, rows, w, inner, columns):
     """Add a product to the rows at `to`, of numbers `x_step` apart: with a step of a row, that of a transpose."""
     for first in range(0, columns, LANES):
         here, matrix, width = to + 4 * first, w + 4 * first * inner, min(LANES, columns - first)
-        _panel(here, to_stride, x, x_stride, x_step, rows, matrix, inner, here, to_stride, width)
+        stride, step = _n(to_stride), _n(x_step)
+        _panel(here, stride, x, _n(x_stride), step, _n(rows), matrix, _n(inner), here, stride, width)
 
 
 @njit
 def add_row(to, x, w, inner, columns):
     """Add the row (inner,) at the address `x` times the matrix (inner, columns) at `w`, not packed, to one at `to`."""
     for first in range(0, columns, _HALF):
-        width, matrix, here = min(_HALF, columns - first), w + 4 * first, to + 4 * first
-        if width == _HALF:
-            _whole_row(here, 0, x, 0, 1, 1, matrix, columns, inner, here, 0)
-        else:
-            _part_row(here, 0, x, 0, 1, 1, matrix, columns, inner, here, 0, width)
+        matrix, here = w + 4 * first, to + 4 * first
+        _row(here, 0, x, 0, 1, 1, matrix, columns, inner, here, 0, min(_HALF, columns - first))
 
 
 @njit
