@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from ._rglru_native import Affine, biases_of
+from ._projections import Affine, biases_of
 
 _STEPS = 96
 """Steps of an item, which stay next to a core: a multiple of the rows that `native.products` takes at a time."""

@@ -3,27 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from ._projections import Affine, biases_of
+
 _STEPS = 48
 """Steps of an item, which stay next to a core: a multiple of the rows that `native.products` takes at a time."""
-Affine = tuple[Float[Array, "in out"], Float[Array, " out"] | None]
-
-
-_MOST_WEIGHTS, _WEIGHTS_PER_ROW = 1 << 20, 1 << 12
-"""More do not stay next to a core, or take longer to pack than the products of few rows."""
-
-
-def fits(x: Float[Array, "T B H"], projections: Sequence[Affine], *others: Any) -> bool:
-    """Whether a kernel takes a block of these values, and gains by it."""
-    few = sum(matrix.size for matrix, _ in projections) <= min(
-        _MOST_WEIGHTS, _WEIGHTS_PER_ROW * x.shape[0] * x.shape[1]
-    )
-    return few and x.size > 0 and all(v.dtype == jnp.float32 for v in jax.tree.leaves((x, projections, others)))
 
 
 def forward(
@@ -67,8 +55,3 @@ def forward(
     items = B * -(-T // _STEPS)
     y, conv_state, h, _ = invoke(rglru.forward, items, (T, B, H, D, K, _STEPS), operands, results, {len(operands): 3})
     return jnp.swapaxes(y, 0, 1), jnp.swapaxes(conv_state, 1, 2), h
-
-
-def biases_of(projections: Sequence[Affine]) -> list[Float[Array, " out"]]:
-    """The biases, 0 where there is none."""
-    return [jnp.zeros(matrix.shape[1:], jnp.float32) if bias is None else bias for matrix, bias in projections]

@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from spyx.ops import _mamba_native, causal_conv1d, causal_conv1d_update, selective_scan, selective_state_update
-from spyx.ops._rglru_native import fits
+from spyx.ops._projections import fits
 from spyx.ops._undifferentiated import undifferentiated
 from spyx.ops.dtypes import widen
 from spyx.ops.selective import Discretization

@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from spyx.ops import _rglru_native, causal_conv1d, linear_scan
+from spyx.ops._projections import fits
 from spyx.ops._undifferentiated import undifferentiated
 from spyx.ops.dtypes import widen
 
@@ -160,7 +161,7 @@ def _in_kernel(graph, values, lengths):
     layer = nnx.merge(graph, params)
     projections = [(p.kernel[...], None if p.bias is None else p.bias[...]) for p in layer._projections()]
     weights, bias = taps(layer.conv1d)
-    if not _rglru_native.fits(x, projections, weights, bias, layer.a_log[...], *(before or ())):
+    if not fits(x, projections, weights, bias, layer.a_log[...], *(before or ())):
         return layer._outputs(x, before, lengths)
     return _rglru_native.forward(x, projections, weights.T, bias, layer.a_log[:, 0], layer.c, before, lengths)
 
