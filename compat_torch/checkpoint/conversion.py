@@ -93,7 +93,8 @@ def convert(
     content = read_content(source)
     with hashes_of(None if out.suffix in _SUFFIXES else source) as hashes, _wide(content, dtype):
         with contextlib.nullcontext() if to == "orbax" else as_views():
-            model, detection = build(content, format, dtype, True, allow_nonfinite, kwargs)
+            built = build(content, format, dtype, True, allow_nonfinite, kwargs)
+        model, detection = built.module, built.detection
         entry = None if to == "orbax" else export.format_of(model, to)
         target = "orbax" if entry is None else entry.name
         about = {

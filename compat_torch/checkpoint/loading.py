@@ -7,7 +7,8 @@ import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from ..random import OneKey
 from .detection import Content, Detection, choose, constructor, describe, read_content
 from .formats import Fit, Format
 from .hub import locate
-from .placing import WORKERS, place
+from .placing import WORKERS, place, view_of
 from .state_dict import shorten
 
 if TYPE_CHECKING:
@@ -106,18 +107,47 @@ def from_pretrained(
     return _load(read_content(folder), format, dtype, True, allow_nonfinite, kwargs)
 
 
-def _load(content: Content, format: str | None, dtype: Any, *arguments: Any) -> Any:
+def _load(
+    content: Content, format: str | None, dtype: Any, strict: bool, allow_nonfinite: bool, kwargs: Mapping[str, Any]
+) -> Any:
     """The module that `build` gives, with arrays that do not depend on the file."""
-    with as_views() if dtype is None else nullcontext():
-        module, _ = build(content, format, dtype, *arguments)
-    place(module)
-    return module
+    if dtype is not None:
+        return build(content, format, dtype, strict, allow_nonfinite, kwargs).module
+    with as_views():
+        built = build(content, format, None, strict, True, kwargs)
+    finite = place(built.module)
+    if not allow_nonfinite:
+        unknown = {name: value for name, value in built.tensors.items() if not finite.get(view_of(value), False)}
+        check_finite(unknown, content.path)
+    return built.module
 
 
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Python's collector off: of the many objects of a model being made it would find none to free."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@dataclass(frozen=True)
+class Built:
+    """A module, what its checkpoint was found to be, and the checkpoint's tensors, less those left out."""
+
+    module: Any
+    detection: Detection
+    tensors: Mapping[str, np.ndarray]
+
+
+@_no_collection()
 def build(
     content: Content, format: str | None, dtype: Any, strict: bool, allow_nonfinite: bool, kwargs: Mapping[str, Any]
-) -> tuple[Any, Detection]:
-    """The module of a checkpoint that has been opened, and what the checkpoint was found to be.
+) -> Built:
+    """The module of a checkpoint that has been opened.
 
     Args:
         content: what `read_content` gave.
@@ -150,7 +180,7 @@ def build(
             f"{entry.name} (read from {content.path})", err.missing, err.unexpected, err.mismatched, err.missing
         ) from err
     module.eval()
-    return module, detection
+    return Built(module, detection, tensors)
 
 
 def _construct(content: Content, entry: Format, fit: Fit, arguments: dict[str, Any]) -> Any:
@@ -171,20 +201,7 @@ def _abstract(module_class: type, arguments: dict[str, Any]) -> Any:
     import jax
     from flax import nnx
 
-    with _no_collection():
-        return nnx.eval_shape(lambda: module_class(**arguments, rngs=OneKey(jax.random.key(0))))
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Python's collector off: of the many objects of a traced constructor it would find none to free."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
+    return nnx.eval_shape(lambda: module_class(**arguments, rngs=OneKey(jax.random.key(0))))
 
 
 def _log(path: str, detection: Detection) -> None:

@@ -3,6 +3,7 @@
 import gc
 import logging
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -223,6 +224,33 @@ def mamba_weights(dtype):
     shapes |= {"A_log": (11, 4), "D": (11,), "out_proj.weight": (5, 11)}
     rng = np.random.default_rng()
     return {name: rng.normal(size=shape).astype(dtype) for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize("stored", [np.float32, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("name", mamba_weights(np.float32))
+def test_one_value_anywhere_that_is_not_finite(tmp_path, name, stored):
+    weights = mamba_weights(stored)
+    for value, place in ((np.nan, -1), (np.inf, 0), (-np.inf, weights[name].size // 2)):
+        weights[name].flat[place] = value
+        save_file(weights, tmp_path / "w.safetensors")
+        told = rf"infinite weights: {re.escape(name)} \(1 of {weights[name].size}\)"
+        with pytest.raises(CheckpointError, match=told):
+            compat_torch.load(tmp_path / "w.safetensors", discretization="mamba")
+        weights[name].flat[place] = 1
+
+
+@pytest.mark.parametrize("stored", [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_finite_values_with_infinite_sums(tmp_path, stored):
+    weights = {name: np.full_like(value, ml_dtypes.finfo(stored).max) for name, value in mamba_weights(stored).items()}
+    weights["D"][0] *= -1
+    save_file(weights, tmp_path / "w.safetensors")
+    assert_holds(compat_torch.load(tmp_path / "w.safetensors", discretization="mamba"), weights)
+
+
+def test_what_is_left_out_may_be_anything(tmp_path):
+    weights = lru_weights()
+    save_file(weights | {"more": np.full(3, np.nan, np.float32)}, tmp_path / "w.safetensors")
+    assert_holds(compat_torch.load(tmp_path / "w.safetensors", strict=False), weights)
 
 
 @pytest.mark.parametrize("dtype", [None, jnp.float32])

@@ -371,6 +371,17 @@ def test_counting_what_is_not_finite(dtype):
     assert arrays.count_nonfinite(np.array([1, 2])) == 0
 
 
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_every_pattern_of_16_bits(dtype):
+    values = np.arange(1 << 16).astype(np.uint16).view(dtype)
+    with np.errstate(invalid="ignore"):
+        finite = np.isfinite(values.astype(np.float32))
+    assert arrays.count_nonfinite(values[finite]) == 0
+    assert arrays.count_nonfinite(values) == np.sum(~finite)
+    for value in values[~finite]:
+        assert arrays.count_nonfinite(np.array([1, value, -1], dtype)) == 1
+
+
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="counts resident pages as Linux does")
 def test_pages_of_a_mapped_file_are_given_back(tmp_path):
     write_file(tmp_path / "w.safetensors", {"a": np.ones(4 << 20, "f4"), "b": random(3)})
