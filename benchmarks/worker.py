@@ -21,12 +21,12 @@ def peak_rss() -> int:
 
 
 def seconds(run: Callable[[], Any], warm: bool = True) -> float:
-    """Median over up to 9 calls; of a call shorter than 0.2 s the first, which wakes an idle core, does not count.
+    """Median of the calls, at least 9, of a tenth of a second, or of those that 0.2 s hold; not of the first.
 
-    If not `warm`, it is one call.
+    The first wakes an idle core. If not `warm`, it is one call.
     """
     times: list[float] = []
-    while not times or (warm and sum(times) < 0.2 and len(times) < 10):
+    while not times or (warm and sum(times) < (0.2 if len(times) < 10 else 0.1)):
         start = time.perf_counter()
         run()
         times.append(time.perf_counter() - start)

@@ -12,11 +12,12 @@ from numba import njit
 
 from .activations import sigmoid, softplus
 from .custom_call import kernel
+from .depthwise import convolve
 from .discretize import MAMBA, rate
 from .memory import LINE, add, clear, copy, floats, ints, wait_for, words
 from .products import multiply
-from .rglru import convolve
 from .selective import WIDTH, advance
+from .vectors import wide
 
 # The table, after the kernel's number and the number of items.
 _T, _B, _H, _D, _N, _K, _R, _STEPS, _NORMS = range(2, 11)
@@ -37,6 +38,7 @@ def _normalise(row, count, epsilon):
 @njit
 def _scan(us, zs, dts, made, steps, h, A, skip, table, first, width):
     """Outputs of some channels in the place of their inputs `us`; `h` is the address of their states."""
+    wide()
     D, N, R = table[_D], table[_N], table[_R]
     local = np.zeros((5, WIDTH), np.float32)
     states, rates = np.zeros((N, WIDTH), np.float32), np.zeros((N, WIDTH), np.float32)
@@ -74,6 +76,7 @@ def forward(item, buffers):
     (r, B, C) of u, dt of r, the output; A, D, epsilon of the norms, conv_state, h, zeros (B, 1 + blocks, LINE).
     Results: y, conv_state, h, and in the place of the zeros what each row has done.
     """
+    wide()
     at = words(buffers, 25)
     table = ints(at[0], _SIZES)
     T, B, H, D, N, K, R = table[_T], table[_B], table[_H], table[_D], table[_N], table[_K], table[_R]

@@ -12,10 +12,11 @@ from numba import njit
 
 from .activations import LOG2_E, exp2_and_slope, sigmoid, softplus
 from .custom_call import kernel
+from .depthwise import convolve
 from .gelu import gelu
 from .memory import LINE, add, clear, copy, floats, ints, wait_for, words
 from .products import multiply
-from .vectors import WIDTH, put, take
+from .vectors import WIDTH, put, take, wide
 
 _f = np.float32
 _TINY = np.finfo(np.float32).tiny
@@ -23,19 +24,6 @@ _TINY = np.finfo(np.float32).tiny
 # The table, after the kernel's number and the number of items.
 _T, _B, _H, _D, _K, _STEPS = range(2, 8)
 _SIZES = 8
-
-
-@njit
-def convolve(to, rows, taps, bias, steps, D, K):
-    """The causal convolution of (K + steps, D), K of them before the first step, per column."""
-    for first in range(0, 4 * D, 4 * WIDTH):
-        width = min(WIDTH, D - first // 4)
-        begin = take(bias + first, width)
-        for j in range(steps):
-            total = begin
-            for k in range(K):
-                total = total + take(taps + 4 * k * D + first, width) * take(rows + 4 * (j + 1 + k) * D + first, width)
-            put(to + 4 * j * D + first, total, width)
 
 
 @njit
@@ -56,6 +44,7 @@ def forward(item, buffers):
     bias of the convolution, a_log, c, conv_state, h, zeros (B, LINE). Results: y, conv_state, h, and in the place of
     the zeros what each row has done.
     """
+    wide()
     at = words(buffers, 24)
     table = ints(at[0], _SIZES)
     T, B, H, D, K = table[_T], table[_B], table[_H], table[_D], table[_K]
@@ -84,12 +73,15 @@ def forward(item, buffers):
     convolve(us.ctypes.data, taken, at[13], at[14], steps, D, K)
     multiply(rs.ctypes.data, D, us.ctypes.data, D, steps, at[7], D, D, at[8])
     multiply(inputs.ctypes.data, D, us.ctypes.data, D, steps, at[9], D, D, at[10])
+    # loops of one thing each: the processor overlaps more of their rounds
     for i in range(steps * D):
-        log2_a = rates[i] * sigmoid(rs[i])
-        decay, slope = exp2_and_slope(log2_a)
-        rest = -log2_a * slope if log2_a > _f(-0.5) else _f(1) - decay
-        scale = np.sqrt(max(rest * (_f(1) + decay), _TINY))
-        us[i] *= scale * sigmoid(inputs[i])
+        rs[i] = rates[i] * sigmoid(rs[i])
+    for i in range(steps * D):
+        us[i] *= sigmoid(inputs[i])
+    for i in range(steps * D):
+        decay, slope = exp2_and_slope(rs[i])
+        rest = -rs[i] * slope if rs[i] > _f(-0.5) else _f(1) - decay
+        us[i] *= np.sqrt(max(rest * (_f(1) + decay), _TINY))
         rs[i] = decay
 
     h = at[22] + 4 * row * D

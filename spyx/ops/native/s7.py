@@ -20,6 +20,7 @@ from .gelu import gelu
 from .memory import LINE, add, clear, copy, floats, ints, wait_for, words
 from .products import LANES, add_row, multiply
 from .recurrence import advance
+from .vectors import wide
 
 _GROUP = 16
 _MOST = 256
@@ -119,6 +120,7 @@ def forward(item, buffers):
     """Operands: table, x, lengths, matrix of the input, that of A, bias and D, of the quadratic form, of the bilinear
     one, of the gate, base of A, h, zeros (B, LINE). Results: y, h, and in place of the zeros what each row has done.
     """
+    wide()
     at = words(buffers, 14)
     table = ints(at[0], _SIZES)
     T, B, H, N = table[_T], table[_B], table[_H], table[_N]
@@ -152,12 +154,11 @@ def forward(item, buffers):
     clear(sums.ctypes.data + 4 * valid * N, (steps - valid) * N)
 
     _bilinear(ys.ctypes.data, sums.ctypes.data, N, u, G, H, steps, at[6])
-    for j in range(steps):
-        for p in range(H):
-            gates[j, p] = gelu(ys[j, p])
+    drives, rest = floats(gates.ctypes.data, steps * H), floats(ys.ctypes.data, steps * H)
+    for i in range(steps * H):
+        drives[i] = gelu(rest[i])
     multiply(y, H, gates.ctypes.data, H, steps, at[7], H, H, nothing)
-    for j in range(steps):
-        out, given = floats(y + 4 * j * H, H), floats(x + 4 * j * H, H)
-        for p in range(H):
-            out[p] = given[p] + sigmoid(out[p]) * ys[j, p]
+    out, given = floats(y, steps * H), floats(x, steps * H)
+    for i in range(steps * H):
+        out[i] = given[i] + sigmoid(out[i]) * rest[i]
     us[0], made[0], sums[0], decays[0], ys[0], gates[0], zero[0] = 0, 0, 0, 0, 0, 0, 0  # as above

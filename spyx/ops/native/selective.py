@@ -22,6 +22,7 @@ from .activations import sigmoid, softplus
 from .custom_call import kernel
 from .discretize import BILINEAR, KINDS, MAMBA, ZOH, common, decay, decay_slope, gain_slopes, rate, respond
 from .memory import add, flags, floats, ints, prefetch, wait_for, words
+from .vectors import wide
 
 WIDTH = 64
 _AHEAD = 4
@@ -127,6 +128,7 @@ def _forward(kind: int, event: bool):
     """Operands: table, u, dt, dt_a, b, c, z, A, D, dt_bias, valid, reset, h0. Results: y, last state, starts."""
 
     def forward(item, buffers):
+        wide()
         at = words(buffers, 16)
         table = ints(at[0], _SIZES)
         T, E, P, N, group = table[_T], table[_E], table[_P], table[_N], table[_G]
@@ -204,6 +206,7 @@ def _backward(kind: int, event: bool):
     gain_varies = kind in (ZOH, BILINEAR)
 
     def backward(item, buffers):
+        wide()
         at = words(buffers, 27)
         table = ints(at[0], _SIZES)
         T, E, P, N, K, S, group = table[_T], table[_E], table[_P], table[_N], table[_K], table[_S], table[_G]

@@ -91,6 +91,18 @@ def _stores_pairs(builder, address, re, im, count=None):
 
 
 @intrinsic
+def wide(_):
+    """Have LLVM use the widest registers for the loops of the function that calls this: by itself it avoids some."""
+
+    def build(context, builder, signature, values):
+        # a word of LLVM's that llvmlite has not among those it lets through
+        set.add(builder.function.attributes, f'"prefer-vector-width"="{32 * WIDTH}"')
+        return context.get_constant(types.intp, 0)
+
+    return types.intp(), build
+
+
+@intrinsic
 def load(_, address):
     """The vector at an address."""
     return _vector(types.intp), lambda context, builder, signature, values: _loads(context, builder, *values)

@@ -1,4 +1,4 @@
-"""What the kernels of whole layers are made of: products of a few rows, the activation, against float64."""
+"""What the kernels of whole layers are made of: products of a few rows, convolution, activation, against float64."""
 
 import importlib
 import math
@@ -10,8 +10,10 @@ import pytest
 from numba import njit
 
 from spyx.ops import native
+from spyx.ops.native.depthwise import convolve
 from spyx.ops.native.gelu import gelu
 from spyx.ops.native.products import LANES, ROWS, Turned, add_product, add_row, multiply, packed
+from spyx.ops.native.vectors import WIDTH, wide
 
 
 @njit(error_model="numpy", fastmath={"contract"})
@@ -36,7 +38,14 @@ def added_row(to, x, w):
 
 
 @njit(error_model="numpy", fastmath={"contract"})
+def convolved(to, rows, taps, bias):
+    (steps, D), K = to.shape, len(taps)
+    convolve(to.ctypes.data, rows.ctypes.data, taps.ctypes.data, bias.ctypes.data, steps, D, K)
+
+
+@njit(error_model="numpy", fastmath={"contract"})
 def activated(to, x):
+    wide()
     for p in range(len(x)):
         to[p] = gelu(x[p])
 
@@ -81,6 +90,20 @@ def test_a_row_is_added(inner, columns):
     assert to[columns] == 7
 
 
+@pytest.mark.parametrize("K", [1, 3, 4, 5])
+@pytest.mark.parametrize("D", [1, WIDTH - 1, WIDTH, 2 * WIDTH + 3])
+@pytest.mark.parametrize("steps", [0, 1, 2, 9])
+def test_a_convolution_of_rows(steps, D, K):
+    rng = np.random.default_rng()
+    rows, taps = rng.standard_normal((K + steps, D), np.float32), rng.standard_normal((K, D), np.float32)
+    bias = rng.standard_normal(D, np.float32)
+    to = np.full((steps + 1, D), 7, np.float32)
+    convolved(to[:steps], rows, taps, bias)
+    exact = bias + sum(taps[k].astype(float) * rows[1 + k : 1 + k + steps] for k in range(K))
+    np.testing.assert_allclose(to[:steps], exact, atol=1e-5)
+    assert np.all(to[steps] == 7)
+
+
 def test_matrices_are_packed_in_one_call():
     rng = np.random.default_rng()
     shapes = (3, LANES), (37, 2 * LANES + 5), (1, 1), (LANES, 18)
@@ -104,6 +127,15 @@ def test_the_activation_is_exact_in_both_tails():
     with jax.enable_x64(True):
         close = np.asarray(jax.nn.gelu(x.astype(float), approximate=False))
     np.testing.assert_allclose(exact[~np.isnan(x)], close[~np.isnan(x)], atol=1e-12)
+
+
+def test_loops_use_the_registers_that_vectors_use():
+    one = np.ones(1, np.float32)
+    activated(np.empty_like(one), one)
+    product(np.empty((1, 1), np.float32), one[None], np.ones((1, 1, LANES), np.float32), 1, one)
+    of_vectors, of_loops = ("".join(f.inspect_asm().values()) for f in (product, activated))
+    assert "zmm" not in of_vectors or of_loops.count("zmm") > 4 * of_loops.count("ymm")
+    assert "prefer-vector-width" in "".join(activated.inspect_llvm().values())
 
 
 def test_no_two_kernels_have_the_same_number():
