@@ -1,4 +1,4 @@
-"""The state-space dual scan by the hand kernels of `spyx.ops.pallas` where they fit, else in plain JAX."""
+"""The state-space dual scan by the kernels of `spyx.ops.pallas` and `.native` where they fit, else in plain JAX."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from . import _ssd_native
 from ._recomputed import recomputed
 from ._ssd_runs import Options, Values, chunked
 from .dispatch import platform_primitive
@@ -80,6 +81,22 @@ def _cpu_forward(values, reset, *, o: Options):
     return chunked(o, values, reset)
 
 
+def _in_native(o: Options, values: Values) -> bool:
+    return o.method == "auto" and _precision(o) is not None and _ssd_native.fits(values)
+
+
+def _native_forward(values, reset, *, o: Options):
+    if _in_native(o, values):
+        return _ssd_native.forward(o, values, reset)
+    return _cpu_forward(values, reset, o=o)
+
+
+def _native_backward(values, reset, cotangents, *, o: Options):
+    if _in_native(o, values):
+        return _ssd_native.backward(o, values, reset, cotangents)
+    return _plain_backward(values, reset, cotangents, o=o)
+
+
 def _kernel_forward(platform: str, values, reset, *, o: Options):
     kernels = _chosen(platform, o, values)
     return chunked(o, values, reset) if kernels is None else forward(kernels, o, values, reset)
@@ -94,11 +111,12 @@ def _kernel_backward(platform: str, values, reset, cotangents, *, o: Options):
 
 _forward_by_platform = platform_primitive(
     "ssd", _plain_forward,
-    cpu=_cpu_forward, cuda=partial(_kernel_forward, "gpu"), tpu=partial(_kernel_forward, "tpu"),
+    cpu=_cpu_forward, native=_native_forward,
+    cuda=partial(_kernel_forward, "gpu"), tpu=partial(_kernel_forward, "tpu"),
 )  # fmt: skip
 _backward_by_platform = platform_primitive(
     "ssd_backward", _plain_backward,
-    cuda=partial(_kernel_backward, "gpu"), tpu=partial(_kernel_backward, "tpu"),
+    native=_native_backward, cuda=partial(_kernel_backward, "gpu"), tpu=partial(_kernel_backward, "tpu"),
 )  # fmt: skip
 
 

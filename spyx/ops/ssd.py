@@ -51,11 +51,11 @@ def ssd(
         z: gate, shape (T, B, H, P): the output is multiplied by silu(z).
         dt_bias: added to `dt`, shape (H,).
         dt_softplus: dt = softplus(dt + dt_bias).
-        chunk: steps per block of matrix products, of cost chunk^2 in memory; the hand kernels have their own.
+        chunk: steps per block of matrix products, of cost chunk^2 in memory; the hand kernels have their own or none.
         h0: state before the first step, shape (B, H, P, N); None is zero.
         dt_limit: lower and upper bound of dt, after bias and softplus.
-        reverse, reset, lengths: as in `selective_scan`; but within a chunk of one row, a non-finite valid
-            input may reach every output, since masks enter the matrix products as zeros.
+        reverse, reset, lengths: as in `selective_scan`; but where there are chunks, a non-finite valid input may reach
+            every output of its chunk and row, since masks enter the matrix products as zeros.
         return_state: also return the last state computed.
         precision: of every matrix product, as in `jax.lax.dot`. The hand kernels know two: one pass of bfloat16
             (TPU) or TF32 (GPU) for DEFAULT, and for all others float32 (TPU) or three products of TF32 parts
@@ -63,8 +63,8 @@ def ssd(
         method: "sequential" (lax.scan), "chunked" (matrix products inside chunks, a scan over them; the
             backward pass saves one state per chunk; both have every mode of differentiation), "pallas" (the hand
             kernels for TPU and NVIDIA GPU, an error for what they do not take) or "auto" (the hand kernels where
-            they fit, "chunked" elsewhere and on CPU, chosen when lowered; reverse mode first, then any; nothing
-            but the arguments is kept for the backward pass).
+            they fit, "chunked" elsewhere, chosen when lowered; reverse mode first, then any; nothing but the
+            arguments is kept for the backward pass). The kernels for CPU, step by step, need numba and float32 state.
 
     Returns:
         y of shape (T, B, H, P) in the dtype of `x`; with `return_state`, `(y, state)` with state

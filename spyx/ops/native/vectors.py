@@ -164,6 +164,30 @@ def zeros(_):
     return _vector(), lambda context, builder, signature, values: ir.Constant(_LANES, None)
 
 
+@intrinsic
+def fill(_, address):
+    """A vector of the number at an address."""
+
+    def build(context, builder, signature, values):
+        one = builder.load(builder.inttoptr(values[0], _FLOAT.as_pointer()), align=4)
+        nothing = ir.Constant(_LANES, ir.Undefined)
+        return builder.shuffle_vector(builder.insert_element(nothing, one, _INT(0)), nothing, _indices([0] * WIDTH))
+
+    return _vector(types.intp), build
+
+
+@intrinsic
+def total(_, vector):
+    """The sum of a vector's numbers, in an order that depends on the processor alone."""
+
+    def build(context, builder, signature, values):
+        kind = ir.FunctionType(_FLOAT, [_FLOAT, _LANES])
+        f = cgutils.get_or_insert_function(builder.module, kind, f"llvm.vector.reduce.fadd.v{WIDTH}f32")
+        return builder.call(f, [_FLOAT(0), values[0]], fastmath=("reassoc",))
+
+    return types.float32(_vector), build
+
+
 def _arithmetic(name):
     @intrinsic
     def apply(_, a, b):
