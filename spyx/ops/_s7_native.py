@@ -45,7 +45,7 @@ def forward(
 
     (T, B, H), N = x.shape, base.shape[0]
     sizes = T, B, H, N, _STEPS
-    quadratic, bilinear = invoke(s7.prepare, s7.padded(H), sizes, (W,), [like(n) for n in s7.sizes(H, N)])
+    quadratic, bilinear = invoke(s7.prepare, H, sizes, (W,), [like(n) for n in s7.sizes(H, N)])
     linear = jnp.concatenate([W[:, :N], W[:, -N:], W[:, -N - H : -N]], 1)
     matrix_in, linear, gate = packed(W_in, linear, W_gate)
     done = jnp.zeros((B, LINE), jnp.int32)

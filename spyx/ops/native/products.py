@@ -14,6 +14,7 @@ import numpy as np
 from llvmlite import binding, ir
 from numba import njit, types
 from numba.core import cgutils
+from numba.extending import register_jitable
 
 from .custom_call import invoke, kernel
 from .memory import clear, copy, floats, intrinsic, ints, words
@@ -29,10 +30,11 @@ _FLOAT, _INT, _WORD = ir.FloatType(), ir.IntType(32), ir.IntType(64)
 
 
 def _tile(
-    builder, most, lanes, padded,
+    builder, most, lanes, scaled,
     to, to_stride, x, x_stride, x_step, rows, w, w_stride, inner, start, start_stride, count,
 ):  # fmt: skip
-    """Up to `most` rows of a product, the first `count` of `lanes` columns; `padded`: `w` has all of them.
+    """Up to `most` rows of a product, the first `count` of `lanes` columns, plus the rows at `start`; or, `scaled`,
+    each row times the number at `start`, added to what is there.
 
     Strides are numbers from one row to the next, `x_step` those from one of the `inner` to the next.
     """
@@ -45,24 +47,34 @@ def _tile(
     def at(address, stride, index):
         return builder.add(address, builder.mul(_WORD(4), builder.mul(stride, index)))
 
+    def spread(address):
+        one = builder.load(builder.inttoptr(address, _FLOAT.as_pointer()), align=4)
+        return builder.shuffle_vector(builder.insert_element(nothing, one, _INT(0)), nothing, all_first)
+
+    def fused(a, b, c):
+        return builder.fadd(c, builder.fmul(a, b, flags=("contract",)), flags=("contract",))
+
     given = [at(x, x_stride, row) for row in which]
-    begin = [_get(builder, kind, at(start, start_stride, row), count) for row in which]
+    starts, places = [at(start, start_stride, row) for row in which], [at(to, to_stride, row) for row in which]
+    begin = [ir.Constant(kind, None) if scaled else _get(builder, kind, address, count) for address in starts]
     sums = [cgutils.alloca_once_value(builder, value) for value in begin]
     with cgutils.for_range(builder, inner) as loop:
-        columns = _get(builder, kind, at(w, w_stride, loop.index), None if padded else count)
+        columns = _get(builder, kind, at(w, w_stride, loop.index), None)
         for row, total in zip(given, sums, strict=True):
-            address = builder.inttoptr(at(row, x_step, loop.index), _FLOAT.as_pointer())
-            one = builder.insert_element(nothing, builder.load(address, align=4), _INT(0))
-            factor = builder.shuffle_vector(one, nothing, all_first)
-            product = builder.fmul(factor, columns, flags=("contract",))
-            builder.store(builder.fadd(builder.load(total), product, flags=("contract",)), total)
-    for row, total in zip(which, sums, strict=True):
-        _put(builder, kind, at(to, to_stride, row), builder.load(total), count)
+            builder.store(fused(spread(at(row, x_step, loop.index)), columns, builder.load(total)), total)
+    results = [builder.load(total) for total in sums]
+    if scaled:
+        results = [
+            fused(spread(scale), result, _get(builder, kind, place, count))
+            for scale, result, place in zip(starts, results, places, strict=True)
+        ]
+    for place, result in zip(places, results, strict=True):
+        _put(builder, kind, place, result, count)
 
 
-def _product(most: int, lanes: int, padded: bool):
+def _product(most: int, lanes: int, scaled: bool = False):
     """`_tile` for compiled code."""
-    name, kind = f"spyx_tile_{most}_{lanes}", ir.FunctionType(ir.VoidType(), [_WORD] * 12)
+    name, kind = f"spyx_tile_{most}_{lanes}{'_scaled' if scaled else ''}", ir.FunctionType(ir.VoidType(), [_WORD] * 12)
 
     def function(module):
         """One for a module: it would take long to compile at every place it is called from."""
@@ -71,7 +83,7 @@ def _product(most: int, lanes: int, padded: bool):
             made.linkage = "linkonce_odr"
             made.attributes.add("noinline")
             builder = ir.IRBuilder(made.append_basic_block())
-            _tile(builder, most, lanes, padded, *made.args)
+            _tile(builder, most, lanes, scaled, *made.args)
             builder.ret_void()
         return module.globals[name]
 
@@ -87,7 +99,8 @@ def _product(most: int, lanes: int, padded: bool):
 
 
 _HALF = LANES // 2
-_whole, _half, _row = _product(ROWS, LANES, True), _product(2 * ROWS, _HALF, True), _product(1, _HALF, False)
+_whole, _half = _product(ROWS, LANES), _product(2 * ROWS, _HALF)
+_whole_scaled, _half_scaled = _product(ROWS, LANES, True), _product(2 * ROWS, _HALF, True)
 
 
 @njit
@@ -123,12 +136,27 @@ def add_product(to, to_stride, x, x_stride, x_step, rows, w, inner, columns):
         _panel(here, stride, x, _n(x_stride), step, _n(rows), matrix, _n(inner), here, stride, width)
 
 
+@register_jitable
+def lanes_of(columns):
+    """Columns of a panel of a matrix as `add_scaled` takes it: a narrow one has narrow panels."""
+    return _HALF if columns <= _HALF else LANES
+
+
 @njit
-def add_row(to, x, w, inner, columns):
-    """Add the row (inner,) at the address `x` times the matrix (inner, columns) at `w`, not packed, to one at `to`."""
-    for first in range(0, columns, _HALF):
-        matrix, here = w + 4 * first, to + 4 * first
-        _row(here, 0, x, 0, 1, 1, matrix, columns, inner, here, 0, min(_HALF, columns - first))
+def add_scaled(to, to_stride, scale, scale_stride, x, x_stride, rows, w, inner, columns):
+    """Add a product, each row times a number, to the rows at `to`; the matrix is packed in panels of `lanes_of`."""
+    lanes = lanes_of(columns)
+    for first in range(0, columns, lanes):
+        width = min(lanes, columns - first)
+        most = ROWS if width > _HALF else 2 * ROWS
+        for row in range(0, rows, most):
+            here, there = to + 4 * (row * to_stride + first), x + 4 * row * x_stride
+            of, matrix, left = scale + 4 * row * scale_stride, w + 4 * first * inner, _n(rows - row)
+            a, b, c, n = _n(to_stride), _n(x_stride), _n(scale_stride), _n(inner)
+            if width > _HALF:
+                _whole_scaled(here, a, there, b, 1, left, matrix, _n(lanes), n, of, c, _n(width))
+            else:
+                _half_scaled(here, a, there, b, 1, left, matrix, _n(lanes), n, of, c, _n(width))
 
 
 @njit

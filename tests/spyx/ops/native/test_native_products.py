@@ -12,7 +12,7 @@ from numba import njit
 from spyx.ops import native
 from spyx.ops.native.depthwise import convolve
 from spyx.ops.native.gelu import gelu
-from spyx.ops.native.products import LANES, ROWS, Turned, add_product, add_row, multiply, packed
+from spyx.ops.native.products import LANES, ROWS, Turned, add_product, add_scaled, lanes_of, multiply, packed
 from spyx.ops.native.vectors import WIDTH, wide
 
 
@@ -33,8 +33,11 @@ def added(to, x, w, columns):
 
 
 @njit(error_model="numpy", fastmath={"contract"})
-def added_row(to, x, w):
-    add_row(to.ctypes.data, x.ctypes.data, w.ctypes.data, w.shape[0], w.shape[1])
+def added_scaled(to, scale, x, w, columns):
+    (rows, inner), a = x.shape, (to.strides[0] // 4, scale.strides[0] // 4, x.strides[0] // 4)
+    add_scaled(
+        to.ctypes.data, a[0], scale.ctypes.data, a[1], x.ctypes.data, a[2], rows, w.ctypes.data, inner, columns
+    )  # fmt: skip
 
 
 @njit(error_model="numpy", fastmath={"contract"})
@@ -79,15 +82,20 @@ def test_products_write_their_rows_and_nothing_else(rows, inner, columns):
         check(to, exact + 7, size + 7)
 
 
-@pytest.mark.parametrize(("inner", "columns"), [(1, 1), (7, LANES // 2), (13, 2 * LANES + 5)])
-def test_a_row_is_added(inner, columns):
+@pytest.mark.parametrize(("rows", "inner", "columns"), SIZES)
+def test_rows_of_a_product_are_scaled_and_added(rows, inner, columns):
     rng = np.random.default_rng()
-    x, w = rng.standard_normal(inner, np.float32), rng.standard_normal((inner, columns), np.float32)
-    start = rng.standard_normal(columns, np.float32)
-    to = np.append(start, np.float32(7))
-    added_row(to[:columns], x, w)
-    np.testing.assert_allclose(to[:columns], x.astype(float) @ w + start, atol=1e-5)
-    assert to[columns] == 7
+    x, w = rng.standard_normal((rows, inner + 3), np.float32)[:, :inner], rng.standard_normal((inner, columns), "f4")
+    scale, lanes = rng.standard_normal((rows, 2), np.float32)[:, :1], lanes_of(columns)
+    whole = np.pad(w, ((0, 0), (0, -columns % lanes)))
+    matrix = np.ascontiguousarray(whole.reshape(inner, whole.shape[1] // lanes, lanes).transpose(1, 0, 2))
+    to = np.full((rows + 1, columns + 4), 7, np.float32)
+    added_scaled(to[:, :columns], scale, x, matrix, columns)
+    exact = 7 + scale * (x.astype(float) @ w)
+    size = 7 + np.abs(scale) * (np.abs(x).astype(float) @ np.abs(w))
+    assert np.all(np.abs(to[:rows, :columns] - exact) <= 2**-23 * math.sqrt(inner + 2) * size)
+    assert np.all(to[rows] == 7)
+    assert np.all(to[:, columns:] == 7)
 
 
 @pytest.mark.parametrize("K", [1, 3, 4, 5])
