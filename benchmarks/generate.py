@@ -121,6 +121,7 @@ class Contestant:
         environment = {
             **os.environ,
             "JAX_COMPILATION_CACHE_DIR": cache,
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "HF_HUB_OFFLINE": "1",
             "PYTHONWARNINGS": "ignore",
         }
