@@ -11,25 +11,17 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 from llvmlite import binding, ir
-from numba import carray, njit, types  # pyright: ignore[reportPrivateImportUsage]
+from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic as _intrinsic
+from numba.np import arrayobj
 
 intrinsic: Callable[..., Any] = _intrinsic
 """As numba's, whose first argument is left out in a call."""
 _WORD = ir.IntType(64)
 LINE = 16
 """32-bit numbers in a cache line: a word that many threads write lies in one of its own."""
-
-
-@intrinsic
-def _pointer(_, address):
-    def build(context, builder, signature, values):
-        return builder.inttoptr(values[0], context.get_value_type(types.voidptr))
-
-    return types.voidptr(types.intp), build
 
 
 @intrinsic
@@ -112,28 +104,28 @@ def wait_for(address, count):
         call(_yield_address(), 0)
 
 
-@njit
-def words(address, count):
-    """The int64 array of `count` elements at an address."""
-    return carray(_pointer(address), count, np.int64)
+def _array_of(dtype: Any, doc: str) -> Any:
+    """A function for compiled code, inside every caller: called by literals too, it would be compiled for each."""
+    kind = types.Array(dtype, 1, "C")
+
+    def get(_, address, count):
+        def build(context, builder, signature, values):
+            array = arrayobj.make_array(kind)(context, builder)
+            size = context.get_constant(types.intp, dtype.bitwidth // 8)
+            data, shape = builder.inttoptr(values[0], array.data.type), cgutils.pack_array(builder, [values[1]])
+            arrayobj.populate_array(array, data, shape, cgutils.pack_array(builder, [size]), size, meminfo=None)
+            return array._getvalue()
+
+        return kind(types.intp, types.intp), build
+
+    get.__doc__ = doc
+    return intrinsic(get)
 
 
-@njit
-def floats(address, count):
-    """The float32 array of `count` elements at an address."""
-    return carray(_pointer(address), count, np.float32)
-
-
-@njit
-def ints(address, count):
-    """The int32 array of `count` elements at an address."""
-    return carray(_pointer(address), count, np.int32)
-
-
-@njit
-def flags(address, count):
-    """The array of `count` booleans, as uint8, at an address."""
-    return carray(_pointer(address), count, np.uint8)
+words = _array_of(types.int64, "The int64 array of `count` elements at an address.")
+floats = _array_of(types.float32, "The float32 array of `count` elements at an address.")
+ints = _array_of(types.int32, "The int32 array of `count` elements at an address.")
+flags = _array_of(types.uint8, "The array of `count` booleans, as uint8, at an address.")
 
 
 @njit
@@ -144,9 +136,13 @@ def copy(to, address, count):
         out[i] = given[i]
 
 
-@njit
-def clear(to, count):
+@intrinsic
+def clear(_, to, count):
     """Set `count` float32 at an address to 0."""
-    out = floats(to, count)
-    for i in range(count):
-        out[i] = 0
+
+    def build(context, builder, signature, values):
+        to = builder.inttoptr(values[0], ir.IntType(8).as_pointer())
+        cgutils.memset(builder, to, builder.mul(values[1], _WORD(4)), 0)
+        return values[1]
+
+    return types.intp(types.intp, types.intp), build

@@ -122,18 +122,20 @@ def multiply(to, to_stride, x, x_stride, rows, w, inner, columns, bias):
 
     Strides are numbers from one row to the next. `to` and `x` do not overlap.
     """
+    one, none = _n(1), _n(0)
     for first in range(0, columns, LANES):
-        here, matrix, width = to + 4 * first, w + 4 * first * inner, min(LANES, columns - first)
-        _panel(here, _n(to_stride), x, _n(x_stride), 1, _n(rows), matrix, _n(inner), bias + 4 * first, 0, width)
+        here, matrix, width = _n(to + 4 * first), _n(w + 4 * first * inner), _n(min(LANES, columns - first))
+        start = _n(bias + 4 * first)
+        _panel(here, _n(to_stride), _n(x), _n(x_stride), one, _n(rows), matrix, _n(inner), start, none, width)
 
 
 @njit
 def add_product(to, to_stride, x, x_stride, x_step, rows, w, inner, columns):
     """Add a product to the rows at `to`, of numbers `x_step` apart: with a step of a row, that of a transpose."""
     for first in range(0, columns, LANES):
-        here, matrix, width = to + 4 * first, w + 4 * first * inner, min(LANES, columns - first)
+        here, matrix, width = _n(to + 4 * first), _n(w + 4 * first * inner), _n(min(LANES, columns - first))
         stride, step = _n(to_stride), _n(x_step)
-        _panel(here, stride, x, _n(x_stride), step, _n(rows), matrix, _n(inner), here, stride, width)
+        _panel(here, stride, _n(x), _n(x_stride), step, _n(rows), matrix, _n(inner), here, stride, width)
 
 
 @register_jitable

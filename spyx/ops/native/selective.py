@@ -21,7 +21,7 @@ from numba import njit
 from .activations import sigmoid, softplus
 from .custom_call import kernel
 from .discretize import BILINEAR, KINDS, MAMBA, ZOH, common, decay, decay_slope, gain_slopes, rate, respond
-from .memory import add, flags, floats, ints, prefetch, wait_for, words
+from .memory import add, clear, copy, flags, floats, ints, prefetch, wait_for, words
 from .vectors import wide
 
 WIDTH = 64
@@ -159,11 +159,11 @@ def _forward(kind: int, event: bool):
                 for n in range(N):
                     _store(at[15], ((t // segment * E + e) * N + n) * P + first, h[n], width)
             if _skipped(table, valid, t, e):
-                y[:] = 0
+                clear(y.ctypes.data, WIDTH)
                 _store(at[13], here, y, width)
                 continue
             if _cleared(table, reset, t, e):
-                h[:] = 0
+                clear(h.ctypes.data, N * WIDTH)
             for k in (1, 2, 13):
                 _ask_ahead(at[k], here, table, width)
             if table[_HAS_Z]:
@@ -211,13 +211,13 @@ def _backward(kind: int, event: bool):
         table = ints(at[0], _SIZES)
         T, E, P, N, K, S, group = table[_T], table[_E], table[_P], table[_N], table[_K], table[_S], table[_G]
         e, block, blocks = item % E, item // E, (P + WIDTH - 1) // WIDTH
-        first, done = block * WIDTH, at[26] + 8 * (e * blocks + block)
+        first, done, row = block * WIDTH, at[26] + 8 * (e * blocks + block), 4 * N * WIDTH
         width = min(WIDTH, P - first)
         row_of_A = e if table[_A_ROWS] > 1 else 0
         valid, reset = flags(at[10], T * table[_VALID_ROWS]), flags(at[11], T * table[_RESET_ROWS])
 
         states, keys = np.empty((K + 1, N, WIDTH), np.float32), np.empty((K, N, WIDTH), np.float32)
-        states[0] = 0
+        clear(states.ctypes.data, N * WIDTH)
         starts = np.empty((S, N, WIDTH), np.float32)
         us, raws = np.zeros((K, WIDTH), np.float32), np.zeros((K, WIDTH), np.float32)
         dts, ys = np.zeros((K, WIDTH), np.float32), np.zeros((K, WIDTH), np.float32)
@@ -250,14 +250,14 @@ def _backward(kind: int, event: bool):
                 for n in range(N):
                     _load(states[0, n], at[12], ((segment * E + e) * N + n) * P + first, width)
             if left >= 0:
-                starts[place] = states[0]
+                copy(starts.ctypes.data + place * row, states.ctypes.data, N * WIDTH)
             else:
-                states[0] = starts[place]
+                copy(states.ctypes.data, starts.ctypes.data + place * row, N * WIDTH)
             for j in range(count):
                 t = chunk * K + (count - 1 - j if table[_REVERSE] else j)
                 here = (t * E + e) * P + first
                 if _skipped(table, valid, t, e):
-                    states[j + 1] = states[j]
+                    copy(states.ctypes.data + (j + 1) * row, states.ctypes.data + j * row, N * WIDTH)
                     continue
                 _ask_ahead(at[1], here, table, width)
                 _ask_ahead(at[2], here, table, width)
@@ -272,7 +272,7 @@ def _backward(kind: int, event: bool):
                     for p in range(WIDTH):
                         dts[j, p] = softplus(raws[j, p])
                 else:
-                    dts[j] = raws[j]
+                    copy(dts.ctypes.data + 4 * WIDTH * j, raws.ctypes.data + 4 * WIDTH * j, WIDTH)
                 for p in range(WIDTH):
                     drive[p] = common(kind, dts[j, p]) * us[j, p]
                 for p in range(WIDTH):
@@ -294,7 +294,7 @@ def _backward(kind: int, event: bool):
                     for p in range(WIDTH):
                         ys[j, p] += states[j + 1, n, p] * c[n]
             if left > 0:
-                states[0] = states[count]
+                copy(states.ctypes.data, states.ctypes.data + count * row, N * WIDTH)
                 continue
 
             for begin in range(0, count, _GROUP):
@@ -308,8 +308,9 @@ def _backward(kind: int, event: bool):
                     here = (t * E + e) * P + first
                     db, dc = floats(at[19] + 4 * (t * E + e) * N, N), floats(at[20] + 4 * (t * E + e) * N, N)
                     if block == 0:
-                        db[:], dc[:] = 0, 0
-                    by_drive[:], by_dt[:], by_step[:] = 0, 0, 0
+                        clear(db.ctypes.data, N)
+                        clear(dc.ctypes.data, N)
+                    clear(by_drive.ctypes.data, 3 * WIDTH)
                     if _skipped(table, valid, t, e):
                         _store(at[16], here, nothing, width)
                         _store(at[17], here, nothing, width)
@@ -366,7 +367,7 @@ def _backward(kind: int, event: bool):
                     for p in range(WIDTH):
                         dD[p] += dy[p] * us[j, p]
                     if kind == MAMBA:
-                        by_dt[:] = by_drive
+                        copy(by_dt.ctypes.data, by_drive.ctypes.data, WIDTH)
                     for p in range(WIDTH):
                         by_dt[p] *= us[j, p]
                     if event:
