@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import jax
@@ -13,6 +12,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from oracles.selective import selective_scan as oracle
+from threads import check_calls_at_once
 
 from spyx.ops import selective_scan
 from spyx.ops.dispatch import native_kernels
@@ -238,18 +238,8 @@ def test_vmap():
 
 
 def test_many_threads_at_once():
-    """Calls that compete for the pool all end, each with its own result."""
-    run = evaluation("auto", dt_softplus=True)
     cases = [case(50, 2, 200, 4, seed=seed) for seed in range(8)]
-    alone = [jax.device_get(run(c, weights(c))) for c in cases]
-
-    def calls(i):
-        return [jax.device_get(run(cases[i], weights(cases[i]))) for _ in range(40)]
-
-    with ThreadPoolExecutor(8) as pool:
-        for i, results in enumerate(pool.map(calls, range(8))):
-            for result in results:
-                jax.tree.map(np.testing.assert_array_equal, result, alone[i])
+    check_calls_at_once(evaluation("auto", dt_softplus=True), [(c, weights(c)) for c in cases])
 
 
 @pytest.mark.parametrize("batch", [1, 3])

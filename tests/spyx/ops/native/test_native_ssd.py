@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles.ssd import ssd as oracle
+from threads import check_calls_at_once
 
 from spyx.ops.ssd import ssd
 
@@ -162,18 +162,8 @@ def test_vmap():
 
 
 def test_many_threads_at_once():
-    """Calls that compete for the pool all end, each with its own result: sums do not depend on who comes first."""
-    run = evaluation("auto")
     cases = [case(50, 2, 4, 70, 4, 2, seed=seed) for seed in range(8)]
-    alone = [jax.device_get(run(c, weights(c))) for c in cases]
-
-    def calls(i):
-        return [jax.device_get(run(cases[i], weights(cases[i]))) for _ in range(40)]
-
-    with ThreadPoolExecutor(8) as pool:
-        for i, results in enumerate(pool.map(calls, range(8))):
-            for result in results:
-                jax.tree.map(np.testing.assert_array_equal, result, alone[i])
+    check_calls_at_once(evaluation("auto"), [(c, weights(c)) for c in cases])
 
 
 def test_memory_grows_with_the_states_of_a_core_alone():
