@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from spyx._collector import paused
 
 from ..arrays import as_views, count_nonfinite
 from ..errors import CheckpointError, StateDictMismatchError
@@ -122,18 +122,6 @@ def _load(
     return built.module
 
 
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Python's collector off: of the many objects of a model being made it would find none to free."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
 @dataclass(frozen=True)
 class Built:
     """A module, what its checkpoint was found to be, and the checkpoint's tensors, less those left out."""
@@ -143,7 +131,7 @@ class Built:
     tensors: Mapping[str, np.ndarray]
 
 
-@_no_collection()
+@paused()
 def build(
     content: Content, format: str | None, dtype: Any, strict: bool, allow_nonfinite: bool, kwargs: Mapping[str, Any]
 ) -> Built:

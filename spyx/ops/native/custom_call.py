@@ -24,6 +24,7 @@ import numpy as np
 from numba import cfunc, njit, types
 from numba import config as _config
 
+from ..._collector import paused
 from .memory import add, address_of, call, call_with_two, ints, symbol, wait_for, words
 
 _TARGET = "spyx_native"
@@ -62,11 +63,16 @@ def _cache_directory() -> str:
 
 
 def _compile(function: Callable[..., Any], signature: Any) -> Any:
-    """`numba.cfunc`, its result kept on disk. numba looks for changes in one file alone, hence the own folder."""
+    """`numba.cfunc`, its result kept on disk. numba looks for changes in one file alone, hence the own folder.
+
+    Kernels have no expressions of whole arrays: what rewrites them would only take time.
+    """
     folder, before = _cache_directory(), config.CACHE_DIR
     config.CACHE_DIR = folder
+    options: dict[str, Any] = {"error_model": "numpy", "fastmath": {"contract"}, "no_rewrites": True}
     try:
-        return cfunc(signature, cache=bool(folder), error_model="numpy", fastmath={"contract"})(function)
+        with paused():
+            return cfunc(signature, cache=bool(folder), **options)(function)
     finally:
         config.CACHE_DIR = before
 

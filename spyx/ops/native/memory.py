@@ -128,14 +128,6 @@ ints = _array_of(types.int32, "The int32 array of `count` elements at an address
 flags = _array_of(types.uint8, "The array of `count` booleans, as uint8, at an address.")
 
 
-@njit
-def copy(to, address, count):
-    """Copy `count` float32 from one address to another: faster than numba's assignment to a slice."""
-    out, given = floats(to, count), floats(address, count)
-    for i in range(count):
-        out[i] = given[i]
-
-
 @intrinsic
 def clear(_, to, count):
     """Set `count` float32 at an address to 0."""
@@ -146,3 +138,15 @@ def clear(_, to, count):
         return values[1]
 
     return types.intp(types.intp, types.intp), build
+
+
+@intrinsic
+def copy(_, to, address, count):
+    """Copy `count` float32 from one address to another: faster than numba's assignment to a slice."""
+
+    def build(context, builder, signature, values):
+        to, given = (builder.inttoptr(value, ir.IntType(8).as_pointer()) for value in values[:2])
+        cgutils.raw_memcpy(builder, to, given, values[2], 4)
+        return values[2]
+
+    return types.intp(types.intp, types.intp, types.intp), build

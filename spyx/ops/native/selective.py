@@ -52,19 +52,6 @@ def _store(address, start, row, width):
         target[p] = row[p]
 
 
-@njit
-def _ask_ahead(address, start, table, width):
-    """Prefetch what lies `_AHEAD` steps further in scan direction."""
-    steps = -_AHEAD if table[_REVERSE] else _AHEAD
-    prefetch(address + 4 * (start + steps * table[_E] * table[_P]), width)
-
-
-@njit
-def _ask_behind(address, start, table, width):
-    steps = _AHEAD if table[_REVERSE] else -_AHEAD
-    prefetch(address + 4 * (start + steps * table[_E] * table[_P]), width)
-
-
 @njit(fastmath={"reassoc", "contract"})
 def _dot(x, y):
     total = np.float32(0)
@@ -134,7 +121,7 @@ def _forward(kind: int, event: bool):
         T, E, P, N, group = table[_T], table[_E], table[_P], table[_N], table[_G]
         segment, blocks = table[_K] * table[_S], (P + WIDTH - 1) // WIDTH
         e, first = item // blocks, item % blocks * WIDTH
-        width = min(WIDTH, P - first)
+        width, ahead = min(WIDTH, P - first), 4 * (-_AHEAD if table[_REVERSE] else _AHEAD) * E * P
         valid, reset = flags(at[10], T * table[_VALID_ROWS]), flags(at[11], T * table[_RESET_ROWS])
 
         h, a = np.zeros((N, WIDTH), np.float32), np.zeros((N, WIDTH), np.float32)
@@ -165,13 +152,13 @@ def _forward(kind: int, event: bool):
             if _cleared(table, reset, t, e):
                 clear(h.ctypes.data, N * WIDTH)
             for k in (1, 2, 13):
-                _ask_ahead(at[k], here, table, width)
+                prefetch(at[k] + ahead + 4 * here, width)
             if table[_HAS_Z]:
-                _ask_ahead(at[6], here, table, width)
+                prefetch(at[6] + ahead + 4 * here, width)
             _load(u, at[1], here, width)
             _load(dt, at[2], here, width)
             if event:
-                _ask_ahead(at[3], here, table, width)
+                prefetch(at[3] + ahead + 4 * here, width)
                 _load(step, at[3], here, width)
             for p in range(WIDTH):
                 dt[p] += bias[p]
@@ -212,7 +199,7 @@ def _backward(kind: int, event: bool):
         T, E, P, N, K, S, group = table[_T], table[_E], table[_P], table[_N], table[_K], table[_S], table[_G]
         e, block, blocks = item % E, item // E, (P + WIDTH - 1) // WIDTH
         first, done, row = block * WIDTH, at[26] + 8 * (e * blocks + block), 4 * N * WIDTH
-        width = min(WIDTH, P - first)
+        width, ahead = min(WIDTH, P - first), 4 * (-_AHEAD if table[_REVERSE] else _AHEAD) * E * P
         row_of_A = e if table[_A_ROWS] > 1 else 0
         valid, reset = flags(at[10], T * table[_VALID_ROWS]), flags(at[11], T * table[_RESET_ROWS])
 
@@ -259,12 +246,12 @@ def _backward(kind: int, event: bool):
                 if _skipped(table, valid, t, e):
                     copy(states.ctypes.data + (j + 1) * row, states.ctypes.data + j * row, N * WIDTH)
                     continue
-                _ask_ahead(at[1], here, table, width)
-                _ask_ahead(at[2], here, table, width)
+                prefetch(at[1] + ahead + 4 * here, width)
+                prefetch(at[2] + ahead + 4 * here, width)
                 _load(us[j], at[1], here, width)
                 _load(raws[j], at[2], here, width)
                 if event:
-                    _ask_ahead(at[3], here, table, width)
+                    prefetch(at[3] + ahead + 4 * here, width)
                     _load(steps[j], at[3], here, width)
                 for p in range(WIDTH):
                     raws[j, p] += bias[p]
@@ -319,10 +306,10 @@ def _backward(kind: int, event: bool):
                         if table[_HAS_Z]:
                             _store(at[21], here, nothing, width)
                         continue
-                    _ask_behind(at[13], here, table, width)
+                    prefetch(at[13] - ahead + 4 * here, width)
                     _load(dy, at[13], here, width)
                     if table[_HAS_Z]:
-                        _ask_behind(at[6], here, table, width)
+                        prefetch(at[6] - ahead + 4 * here, width)
                         _load(z, at[6], here, width)
                         for p in range(WIDTH):
                             s = sigmoid(z[p])
