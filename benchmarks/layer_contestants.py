@@ -69,12 +69,14 @@ def _ours(case: Case) -> Prepared:
     layer, x = _build(case, "compat_torch", rngs=nnx.Rngs(case["seed"])), jnp.asarray(_input(case))
     layer.eval()
     graph, params, rest = nnx.split(layer, nnx.Param, ...)
+    # as plain arrays: taking an nnx.State apart at every call costs 0.03 ms
+    leaves, tree = jax.tree.flatten(params)
 
-    def forward(params, x):
-        y = nnx.merge(graph, params, rest)(x)
+    def forward(leaves, x):
+        y = nnx.merge(graph, jax.tree.unflatten(tree, leaves), rest)(x)
         return y[0] if isinstance(y, tuple) else y
 
-    prepared = _jax_prepared(forward, (params, x))
+    prepared = _jax_prepared(forward, (leaves, x))
     cache, steps = layer.allocate_inference_cache(x.shape[0]), x[:, :DECODE_STEPS]
     prepared.run["decode"] = lambda: jax.block_until_ready(decode(layer, steps, cache))
     return prepared

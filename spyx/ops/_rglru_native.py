@@ -10,9 +10,6 @@ from jaxtyping import Array, Float, Int
 
 from ._projections import Affine, biases_of
 
-_STEPS = 48
-"""Steps of an item, which stay next to a core: a multiple of the rows that `native.products` takes at a time."""
-
 
 def forward(
     x: Float[Array, "T B H"],
@@ -38,7 +35,7 @@ def forward(
     from .native import rglru
     from .native.custom_call import invoke
     from .native.memory import LINE
-    from .native.products import packed
+    from .native.products import STEPS, packed
 
     (T, B, H), (K, D) = x.shape, taps.shape
     conv_state, h = before or (jnp.zeros((B, D, K), x.dtype), jnp.zeros((B, D), x.dtype))
@@ -52,6 +49,6 @@ def forward(
     )  # fmt: skip
     results = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((B, T, H), (B, K, D), (B, D))]
     results.append(jax.ShapeDtypeStruct(done.shape, done.dtype))
-    items = B * -(-T // _STEPS)
-    y, conv_state, h, _ = invoke(rglru.forward, items, (T, B, H, D, K, _STEPS), operands, results, {len(operands): 3})
+    items = B * -(-T // STEPS)
+    y, conv_state, h, _ = invoke(rglru.forward, items, (T, B, H, D, K, STEPS), operands, results, {len(operands): 3})
     return jnp.swapaxes(y, 0, 1), jnp.swapaxes(conv_state, 1, 2), h

@@ -6,9 +6,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-_STEPS = 48
-"""Steps of an item, which stay next to a core: a multiple of the rows that `native.products` takes at a time."""
-
 
 def fits(*values: Array) -> bool:
     """Whether the kernels take these values."""
@@ -38,21 +35,19 @@ def forward(
     from .native import s7
     from .native.custom_call import invoke
     from .native.memory import LINE
-    from .native.products import packed
+    from .native.products import STEPS
 
     def like(*shape, dtype=jnp.float32):
         return jax.ShapeDtypeStruct(shape, dtype)
 
     (T, B, H), N = x.shape, base.shape[0]
-    sizes = T, B, H, N, _STEPS
-    quadratic, bilinear = invoke(s7.prepare, H, sizes, (W,), [like(n) for n in s7.sizes(H, N)])
-    linear = jnp.concatenate([W[:, :N], W[:, -N:], W[:, -N - H : -N]], 1)
-    matrix_in, linear, gate = packed(W_in, linear, W_gate)
-    done = jnp.zeros((B, LINE), jnp.int32)
+    sizes = T, B, H, N, STEPS
+    done = jnp.zeros((1 + B, LINE), jnp.int32)
     operands = (
-        jnp.swapaxes(x, 0, 1), jnp.full((B,), T, jnp.int32) if lengths is None else lengths.astype(jnp.int32),
-        matrix_in, linear, quadratic, bilinear, gate, base, jnp.zeros((B, N), x.dtype) if h0 is None else h0, done,
+        jnp.swapaxes(x, 0, 1), jnp.full((B,), T, jnp.int32) if lengths is None else lengths.astype(jnp.int32), base,
+        W_in, W_gate, W, jnp.zeros((B, N), x.dtype) if h0 is None else h0, done,
     )  # fmt: skip
-    results = [like(B, T, H), like(B, N), like(*done.shape, dtype=done.dtype)]
-    y, h, _ = invoke(s7.forward, -(-T // _STEPS) * B, sizes, operands, results, {len(operands): 2})
+    results = [like(B, T, H), like(B, N), like(*done.shape, dtype=done.dtype), *(like(n) for n in s7.sizes(H, N))]
+    items = s7.items(H, N) + -(-T // STEPS) * B
+    y, h, *_ = invoke(s7.forward, items, sizes, operands, results, {len(operands): 2})
     return jnp.swapaxes(y, 0, 1), h

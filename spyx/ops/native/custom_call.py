@@ -26,6 +26,7 @@ from numba import config as _config
 
 from ..._collector import paused
 from .memory import add, address_of, call, call_with_two, ints, symbol, wait_for, words
+from .tiles import TILES
 
 _TARGET = "spyx_native"
 _SLOTS = 1 << 12
@@ -51,8 +52,11 @@ _kernels_address = symbol("spyx_kernels", _kernels.ctypes.data)
 
 
 def _cache_directory() -> str:
-    """Where numba keeps compiled code, one folder for each state of this package; empty if nothing can be written."""
-    sources = b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py")))
+    """Where numba keeps compiled code, one folder for each state of this package and for the matrix units in use.
+
+    Empty if nothing can be written.
+    """
+    sources = b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py"))) + bytes([TILES])
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     folder = os.path.join(base, "spyx", hashlib.sha256(sources).hexdigest()[:16])
     try:

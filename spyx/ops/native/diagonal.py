@@ -12,9 +12,10 @@ import numpy as np
 from numba import njit
 
 from .custom_call import kernel
-from .memory import LINE, add, clear, copy, flags, floats, ints, wait_for, words
-from .products import LANES, add_product, multiply
+from .memory import LINE, add, clear, copy, flags, floats, ints, piece, wait_for, words
+from .products import LANES, add_product, arranged, depth, multiply, pack_matrix, space
 from .recurrence import advance, retreat
+from .tiles import begin, end
 
 # The table, after the kernel's number and the number of items.
 _T, _B, _H, _K, _N, _R, _COMPLEX, _VARYING, _D_AXES, _REVERSE = range(2, 12)
@@ -107,23 +108,13 @@ def _clean(to, rows, stride, first, steps, row, columns, table, valid):
             copy(to + 4 * j * columns, rows + 4 * j * stride, columns)
 
 
-@njit
-def _pack(to, rows, steps, columns):
-    """Pack a matrix of whole rows."""
-    for first in range(0, columns, LANES):
-        width = min(LANES, columns - first)
-        for j in range(steps):
-            out = to + 4 * (first * steps + j * LANES)
-            copy(out, rows + 4 * (j * columns + first), width)
-            clear(out + 4 * width, LANES - width)
-
-
 @kernel
 def forward(item, buffers):
     """Operands: table, u, A, W, V, D or its transpose, h, valid, reset, zeros (B, LINE).
 
     Results: y, the last h, h before every item (., B, S), and in the place of the zeros what each row has done.
     """
+    begin()
     at = words(buffers, 14)
     table = ints(at[0], SIZES)
     T, B, H, K = table[_T], table[_B], table[_H], table[_K]
@@ -131,21 +122,30 @@ def forward(item, buffers):
     number, row, place, first, steps = _place(item, table, False)
     valid, reset = flags(at[7], T * table[_VALID_ROWS]), flags(at[8], T * table[_RESET_ROWS])
     pitch = S + LINE
-    states, state, zero = np.empty((steps, pitch), np.float32), np.empty(S, np.float32), np.zeros(max(S, K), np.float32)
+    numbers = steps * pitch + S + max(S, K) + space(steps, H) + space(steps, table[_R])
+    memory = np.empty(numbers + 8 * LINE, np.float32)
+    states, free = piece(memory.ctypes.data, steps * pitch)
+    h, free = piece(free, S)
+    zero, free = piece(free, max(S, K))
+    side, free = piece(free, space(steps, H))
+    state, other = floats(h, S), piece(free, 0)[0]
+    clear(zero, max(S, K))
     here, apart = row * table[_ROWS_APART] + first * table[_STEPS_APART], table[_STEPS_APART]
     u, y, shared = at[1] + 4 * here * H, at[10] + 4 * here * K, at[11] + 4 * row * S
-    multiply(states.ctypes.data, pitch, u, apart * H, steps, at[3], H, S, zero.ctypes.data)
+    inputs = arranged(side, u, apart * H, 1, steps, H)
+    multiply(states, pitch, inputs, steps, at[3], H, S, zero)
 
     wait_for(at[13] + 4 * LINE * row, number)
-    copy(state.ctypes.data, shared if number else at[6] + 4 * row * S, S)
-    copy(at[12] + 4 * (place * B + row) * S, state.ctypes.data, S)
-    _recur(states.ctypes.data, state, at[2], first, steps, row, table, valid, reset)
-    copy(shared, state.ctypes.data, S)
+    copy(h, shared if number else at[6] + 4 * row * S, S)
+    copy(at[12] + 4 * (place * B + row) * S, h, S)
+    _recur(states, state, at[2], first, steps, row, table, valid, reset)
+    copy(shared, h, S)
     add(at[13] + 4 * LINE * row, 1)
 
-    multiply(y, apart * K, states.ctypes.data, pitch, steps, at[4], table[_R], K, zero.ctypes.data)
+    rows = arranged(other, states, pitch, 1, steps, table[_R])
+    multiply(y, apart * K, rows, steps, at[4], table[_R], K, zero)
     if table[_D_AXES] == 2:
-        add_product(y, apart * K, u, apart * H, 1, steps, at[5], H, K)
+        add_product(y, apart * K, inputs, steps, at[5], H, K)
     D = floats(at[5], K)
     for j in range(steps):
         if _is_padding(valid, table[_VALID_ROWS], first + j, row):
@@ -154,7 +154,8 @@ def forward(item, buffers):
             out, given = floats(y + 4 * j * apart * K, K), floats(u + 4 * j * apart * H, H)
             for p in range(K):
                 out[p] += D[p] * given[p]
-    states[0], zero[0] = 0, 0  # numba frees an array after its last use
+    end()
+    memory[0] = 0  # numba frees an array after its last use
 
 
 @kernel
@@ -165,6 +166,7 @@ def adjoint(item, buffers):
     Results: du, dh0; what each row has done (B, LINE), how many items each sum has (SUMS, LINE), and the SUMS, each of
     every SUMS-th item: of dA (S), dW (S, H), dV (R, K), dD.
     """
+    begin()
     at = words(buffers, 26)
     table = ints(at[0], SIZES)
     T, B, H, K, R = table[_T], table[_B], table[_H], table[_K], table[_R]
@@ -172,59 +174,72 @@ def adjoint(item, buffers):
     pitch = S + LINE
     number, row, place, first, steps = _place(item, table, True)
     valid, reset = flags(at[8], T * table[_VALID_ROWS]), flags(at[9], T * table[_RESET_ROWS])
-    zero, wide = np.zeros(max(S, H), np.float32), -(-max(H, K) // LANES) * LANES
-    us, dys = np.empty((steps, H), np.float32), np.empty((steps, K), np.float32)
-    side = np.empty((steps, wide), np.float32)
+    wide, most = -(-max(H, K) // LANES) * LANES, max(S, H, K)
+    numbers = steps * (H + K + 2 * pitch) + pitch + 3 * S + max(S, H) + depth(steps) * wide
+    memory = np.empty(numbers + max(space(steps, most), space(most, steps)) + 16 * LINE, np.float32)
+    us, free = piece(memory.ctypes.data, steps * H)
+    dys, free = piece(free, steps * K)
     # a step more: the state before the first one
-    all_states, cotangents = np.empty((steps + 1, pitch), np.float32), np.empty((steps, pitch), np.float32)
-    states = all_states.ctypes.data + (0 if table[_REVERSE] else 4 * pitch)
-    state, carry, slopes = np.empty(S, np.float32), np.empty(S, np.float32), np.zeros(S, np.float32)
+    all_states, free = piece(free, (steps + 1) * pitch)
+    cotangents, free = piece(free, steps * pitch)
+    h, free = piece(free, S)
+    g, free = piece(free, S)
+    s, free = piece(free, S)
+    zero, free = piece(free, max(S, H))
+    packed, free = piece(free, depth(steps) * wide)
+    side = piece(free, 0)[0]
+    clear(zero, max(S, H))
+    clear(s, S)
+    states = all_states + (0 if table[_REVERSE] else 4 * pitch)
+    state, carry, slopes = floats(h, S), floats(g, S), floats(s, S)
     here, apart = row * table[_ROWS_APART] + first * table[_STEPS_APART], table[_STEPS_APART]
-    _clean(us.ctypes.data, at[1] + 4 * here * H, apart * H, first, steps, row, H, table, valid)
-    _clean(dys.ctypes.data, at[10] + 4 * here * K, apart * K, first, steps, row, K, table, valid)
+    _clean(us, at[1] + 4 * here * H, apart * H, first, steps, row, H, table, valid)
+    _clean(dys, at[10] + 4 * here * K, apart * K, first, steps, row, K, table, valid)
 
-    copy(state.ctypes.data, at[7] + 4 * (place * B + row) * S, S)
-    copy(all_states.ctypes.data + (4 * steps * pitch if table[_REVERSE] else 0), state.ctypes.data, S)
-    multiply(states, pitch, us.ctypes.data, H, steps, at[3], H, S, zero.ctypes.data)
+    copy(h, at[7] + 4 * (place * B + row) * S, S)
+    copy(all_states + (4 * steps * pitch if table[_REVERSE] else 0), h, S)
+    multiply(states, pitch, arranged(side, us, H, 1, steps, H), steps, at[3], H, S, zero)
     _recur(states, state, at[2], first, steps, row, table, valid, reset)
-    if R < S:
-        cotangents[:, R:S] = 0
-    multiply(cotangents.ctypes.data, pitch, dys.ctypes.data, K, steps, at[5], K, R, zero.ctypes.data)
+    for j in range(steps):
+        clear(cotangents + 4 * (j * pitch + R), S - R)
+    multiply(cotangents, pitch, arranged(side, dys, K, 1, steps, K), steps, at[5], K, R, zero)
 
     shared = at[19] + 4 * row * S
     wait_for(at[20] + 4 * LINE * row, number)
-    copy(carry.ctypes.data, shared if number else at[11] + 4 * row * S, S)
-    _recur_back(cotangents.ctypes.data, carry, slopes, states, at[2], first, steps, row, table, valid, reset)
-    copy(shared, carry.ctypes.data, S)
+    copy(g, shared if number else at[11] + 4 * row * S, S)
+    _recur_back(cotangents, carry, slopes, states, at[2], first, steps, row, table, valid, reset)
+    copy(shared, g, S)
     add(at[20] + 4 * LINE * row, 1)
 
     du = at[18] + 4 * here * H
-    multiply(du, apart * H, cotangents.ctypes.data, pitch, steps, at[4], S, H, zero.ctypes.data)
+    multiply(du, apart * H, arranged(side, cotangents, pitch, 1, steps, S), steps, at[4], S, H, zero)
     if table[_D_AXES] == 2:
-        add_product(du, apart * H, dys.ctypes.data, K, 1, steps, at[6], K, H)
+        add_product(du, apart * H, arranged(side, dys, K, 1, steps, K), steps, at[6], K, H)
     elif table[_D_AXES] == 1:
         D = floats(at[6], H)
         for j in range(steps):
-            out = floats(du + 4 * j * apart * H, H)
+            out, given = floats(du + 4 * j * apart * H, H), floats(dys + 4 * j * H, H)
             for p in range(H):
-                out[p] += D[p] * dys[j, p]
+                out[p] += D[p] * given[p]
 
     # sums are added to in the order of items, whichever thread comes first
     which = item % table[_SUMS]
     wait_for(at[21] + 4 * LINE * which, item // table[_SUMS])
     total = floats(at[22] + 4 * which * S, S)
-    for s in range(S):
-        total[s] += slopes[s]
-    _pack(side.ctypes.data, us.ctypes.data, steps, H)
-    add_product(at[23] + 4 * which * S * H, H, cotangents.ctypes.data, 1, pitch, S, side.ctypes.data, steps, H)
+    for p in range(S):
+        total[p] += slopes[p]
+    pack_matrix(packed, us, H, steps, H)
+    add_product(at[23] + 4 * which * S * H, H, arranged(side, cotangents, 1, pitch, S, steps), S, packed, steps, H)
     if table[_D_AXES] == 2:
-        add_product(at[25] + 4 * which * K * H, H, dys.ctypes.data, 1, K, K, side.ctypes.data, steps, H)
+        add_product(at[25] + 4 * which * K * H, H, arranged(side, dys, 1, K, K, steps), K, packed, steps, H)
     elif table[_D_AXES] == 1:
         through = floats(at[25] + 4 * which * H, H)
         for j in range(steps):
+            u, dy = floats(us + 4 * j * H, H), floats(dys + 4 * j * H, H)
             for p in range(H):
-                through[p] += us[j, p] * dys[j, p]
-    _pack(side.ctypes.data, dys.ctypes.data, steps, K)
-    add_product(at[24] + 4 * which * R * K, K, states, 1, pitch, R, side.ctypes.data, steps, K)
+                through[p] += u[p] * dy[p]
+    pack_matrix(packed, dys, K, steps, K)
+    add_product(at[24] + 4 * which * R * K, K, arranged(side, states, 1, pitch, R, steps), R, packed, steps, K)
     add(at[21] + 4 * LINE * which, 1)
-    zero[0], side[0], us[0], dys[0], all_states[0], cotangents[0] = 0, 0, 0, 0, 0, 0  # as above
+    end()
+    memory[0] = 0  # as above

@@ -14,9 +14,10 @@ from .activations import sigmoid, softplus
 from .custom_call import kernel
 from .depthwise import convolve
 from .discretize import MAMBA, rate
-from .memory import LINE, add, clear, copy, floats, ints, wait_for, words
-from .products import multiply
+from .memory import LINE, add, clear, copy, floats, ints, piece, wait_for, words
+from .products import arranged, multiply, space
 from .selective import WIDTH, advance
+from .tiles import begin, end
 from .vectors import wide
 
 # The table, after the kernel's number and the number of items.
@@ -77,6 +78,7 @@ def forward(item, buffers):
     Results: y, conv_state, h, and in the place of the zeros what each row has done.
     """
     wide()
+    begin()
     at = words(buffers, 25)
     table = ints(at[0], _SIZES)
     T, B, H, D, N, K, R = table[_T], table[_B], table[_H], table[_D], table[_N], table[_K], table[_R]
@@ -84,12 +86,18 @@ def forward(item, buffers):
     first = number * table[_STEPS]
     most = min(table[_STEPS], T - first)
     steps, J = min(max(ints(at[2], row + 1)[row] - first, 0), most), R + 2 * N
-    before, made = np.empty((K + most, D), np.float32), np.empty((most, J), np.float32)
-    us, zs, dts = np.empty((most, D), np.float32), np.empty((most, D), np.float32), np.empty((most, D), np.float32)
-    taken, u, z, dt = before.ctypes.data, us.ctypes.data, zs.ctypes.data, dts.ctypes.data
+    numbers = (K + 4 * most) * D + most * J + space(most, max(H, D, R))
+    memory = np.empty(numbers + 8 * LINE, np.float32)
+    taken, free = piece(memory.ctypes.data, (K + most) * D)
+    made, free = piece(free, most * J)
+    u, free = piece(free, most * D)
+    z, free = piece(free, most * D)
+    dt, free = piece(free, most * D)
+    side = piece(free, 0)[0]
     x, y = at[1] + 4 * (row * T + first) * H, at[21] + 4 * (row * T + first) * H
-    multiply(taken + 4 * K * D, D, x, H, steps, at[5], H, D, at[6])
-    multiply(z, D, x, H, steps, at[7], H, D, at[8])
+    rows = arranged(side, x, H, 1, steps, H)
+    multiply(taken + 4 * K * D, D, rows, steps, at[5], H, D, at[6])
+    multiply(z, D, rows, steps, at[7], H, D, at[8])
 
     done, shared = at[24] + 4 * LINE * row * (1 + blocks), at[22] + 4 * row * K * D
     wait_for(done, number)
@@ -100,25 +108,26 @@ def forward(item, buffers):
     flat = floats(u, steps * D)
     for i in range(steps * D):
         flat[i] *= sigmoid(flat[i])
-    multiply(made.ctypes.data, J, u, D, steps, at[9], D, J, at[10])
+    multiply(made, J, arranged(side, u, D, 1, steps, D), steps, at[9], D, J, at[10])
     if table[_NORMS]:
         for j in range(steps):
-            here = made.ctypes.data + 4 * j * J
+            here = made + 4 * j * J
             for part in range(3):
                 start, count = (0, R) if part == 0 else (R + (part - 1) * N, N)
                 _normalise(here + 4 * start, count, floats(at[17], 1)[0])
-    multiply(dt, D, made.ctypes.data, J, steps, at[11], R, D, at[12])
+    multiply(dt, D, arranged(side, made, J, 1, steps, R), steps, at[11], R, D, at[12])
 
     h = at[23] + 4 * row * N * D
     for block in range(blocks):
         wait_for(done + 4 * LINE * (1 + block), number)
-        begin = block * WIDTH
-        width = min(WIDTH, D - begin)
+        start = block * WIDTH
+        width = min(WIDTH, D - start)
         if number == 0:
             for n in range(N):
-                copy(h + 4 * (n * D + begin), at[19] + 4 * ((row * N + n) * D + begin), width)
-        _scan(u, z, dt, made.ctypes.data, steps, h, at[15], at[16], table, begin, width)
+                copy(h + 4 * (n * D + start), at[19] + 4 * ((row * N + n) * D + start), width)
+        _scan(u, z, dt, made, steps, h, at[15], at[16], table, start, width)
         add(done + 4 * LINE * (1 + block), 1)
-    multiply(y, H, u, D, steps, at[13], D, H, at[14])
+    multiply(y, H, arranged(side, u, D, 1, steps, D), steps, at[13], D, H, at[14])
+    end()
     clear(y + 4 * steps * H, (most - steps) * H)
-    before[0], made[0], us[0], zs[0], dts[0] = 0, 0, 0, 0, 0  # as above
+    memory[0] = 0  # as above

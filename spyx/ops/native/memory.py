@@ -7,6 +7,7 @@ compiled code is loaded, so that numba can keep the code on disk between process
 from __future__ import annotations
 
 import ctypes
+import inspect
 import os
 from collections.abc import Callable
 from typing import Any
@@ -15,13 +16,43 @@ from llvmlite import binding, ir
 from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic as _intrinsic
+from numba.extending import register_jitable
 from numba.np import arrayobj
 
 intrinsic: Callable[..., Any] = _intrinsic
 """As numba's, whose first argument is left out in a call."""
 _WORD = ir.IntType(64)
+_POSITIONAL = inspect.Parameter.POSITIONAL_OR_KEYWORD
 LINE = 16
 """32-bit numbers in a cache line: a word that many threads write lies in one of its own."""
+
+
+def llvm_function(name: str, count: int, write: Callable[..., None]) -> Any:
+    """A function of `count` words, for compiled code; `write(builder, *words)` makes its body, its result is of no use.
+
+    There is one in a module: inside every caller it would take long to compile.
+    """
+
+    def function(module):
+        if name not in module.globals:
+            made = ir.Function(module, ir.FunctionType(ir.VoidType(), [_WORD] * count), name)
+            made.linkage = "linkonce_odr"
+            made.attributes.add("noinline")
+            builder = ir.IRBuilder(made.append_basic_block())
+            write(builder, *made.args)
+            builder.ret_void()
+        return module.globals[name]
+
+    def call(_, *arguments):
+        def build(context, builder, signature, values):
+            builder.call(function(builder.module), values)
+            return values[0]
+
+        return types.intp(*[types.intp] * count), build
+
+    names = ["_", *(f"word{k}" for k in range(count))]
+    call.__signature__ = inspect.Signature([inspect.Parameter(name, _POSITIONAL) for name in names])  # type: ignore[attr-defined]
+    return intrinsic(call)
 
 
 @intrinsic
@@ -95,6 +126,13 @@ def address_of(function: Any) -> int:
 
 _yield = getattr(ctypes.CDLL(None), "sched_yield", None) if os.name == "posix" else None
 _yield_address = symbol("spyx_yield", address_of(_yield or ctypes.pythonapi.PyThread_get_thread_ident))
+
+
+@register_jitable
+def piece(address, count):
+    """The address of `count` float32 from a cache line on, and the address behind them."""
+    begin = (address + 4 * LINE - 1) // (4 * LINE) * (4 * LINE)
+    return begin, begin + 4 * count
 
 
 @njit

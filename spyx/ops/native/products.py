@@ -1,7 +1,8 @@
 """Matrix products of float32 for other kernels: a few rows times a matrix that lies in the nearest caches.
 
 A packed matrix (inner, columns) lies in panels of `LANES` columns, one after the other: (panels, inner, LANES), with 0
-behind the last column. What a loop reads is then side by side, whatever the matrix's size.
+behind the last column. What a loop reads is then side by side, whatever the matrix's size. Where the processor has
+matrix units (`tiles`), a panel has its blocks instead, and rows are arranged in blocks before they are multiplied.
 """
 
 from __future__ import annotations
@@ -12,34 +13,56 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from llvmlite import binding, ir
-from numba import njit, types
+from numba import njit
 from numba.core import cgutils
 from numba.extending import register_jitable
 
+from . import tiles
 from .custom_call import invoke, kernel
-from .memory import clear, copy, floats, intrinsic, ints, words
-from .vectors import _get, _put
+from .memory import LINE, floats, ints, llvm_function, piece, words
+from .tiles import (
+    DEPTH,
+    NUMBERS,
+    PARTS,
+    SIDE,
+    TILE,
+    TILES,
+    pair_and_finish,
+    pair_finish,
+    pair_product,
+    split,
+    split_across,
+    split_across_turned,
+    split_turned,
+)  # fmt: skip
+from .vectors import _fused, _get, _indices, _put, _spread
 
-ROWS, LANES = (12, 32) if binding.get_host_cpu_features().get("avx512f") else (6, 16)
+ROWS, LANES = (32, 32) if TILES else (12, 32) if binding.get_host_cpu_features().get("avx512f") else (6, 16)
 """Rows and columns at a time: their sums nearly fill the registers of the processor."""
+HALF = LANES // 2
+STEPS = 64 if TILES else 48
+"""Steps of an item of a block's kernel, which stay next to a core: a multiple of the rows."""
+BLOCK = DEPTH if TILES else 1
+"""Of so many numbers of the inner axis a product may start at any multiple."""
+_CHUNK = 4 * NUMBERS if TILES else 1 << 30
+"""Of so many numbers of the inner axis the factors stay in the nearest cache."""
 _n = np.intp
 """Of numbers of one type alone a function is compiled once."""
-_BLOCK = 16
-"""Numbers of a row that are turned at a time."""
-_FLOAT, _INT, _WORD = ir.FloatType(), ir.IntType(32), ir.IntType(64)
+_FLOAT, _WORD = ir.FloatType(), ir.IntType(64)
 
 
 def _tile(
-    builder, most, lanes, scaled,
-    to, to_stride, x, x_stride, x_step, rows, w, w_stride, inner, start, start_stride, count,
+    builder, most, lanes, paired,
+    to, to_stride, x, x_stride, x_step, rows, w, w_stride, inner, start, start_stride, start_step, count,
 ):  # fmt: skip
-    """Up to `most` rows of a product, the first `count` of `lanes` columns, plus the rows at `start`; or, `scaled`,
-    each row times the number at `start`, added to what is there.
+    """Up to `most` rows of a product, the first `count` of `lanes` columns, plus the rows at `start`.
+
+    Or, `paired`, each half of the columns times a number of the row, added to the first `count` numbers there; the
+    numbers of a row are `start_step` apart.
 
     Strides are numbers from one row to the next, `x_step` those from one of the `inner` to the next.
     """
-    kind, all_first = ir.VectorType(_FLOAT, lanes), ir.Constant(ir.VectorType(_INT, lanes), None)
-    nothing = ir.Constant(kind, ir.Undefined)
+    kind = ir.VectorType(_FLOAT, lanes)
     # behind the last row the last one is computed again
     last = builder.sub(rows, _WORD(1))
     which = [builder.select(builder.icmp_signed("<", _WORD(i), last), _WORD(i), last) for i in range(most)]
@@ -47,138 +70,214 @@ def _tile(
     def at(address, stride, index):
         return builder.add(address, builder.mul(_WORD(4), builder.mul(stride, index)))
 
-    def spread(address):
-        one = builder.load(builder.inttoptr(address, _FLOAT.as_pointer()), align=4)
-        return builder.shuffle_vector(builder.insert_element(nothing, one, _INT(0)), nothing, all_first)
-
-    def fused(a, b, c):
-        return builder.fadd(c, builder.fmul(a, b, flags=("contract",)), flags=("contract",))
-
     given = [at(x, x_stride, row) for row in which]
     starts, places = [at(start, start_stride, row) for row in which], [at(to, to_stride, row) for row in which]
-    begin = [ir.Constant(kind, None) if scaled else _get(builder, kind, address, count) for address in starts]
+    begin = [ir.Constant(kind, None) if paired else _get(builder, kind, address, count) for address in starts]
     sums = [cgutils.alloca_once_value(builder, value) for value in begin]
     with cgutils.for_range(builder, inner) as loop:
         columns = _get(builder, kind, at(w, w_stride, loop.index), None)
         for row, total in zip(given, sums, strict=True):
-            builder.store(fused(spread(at(row, x_step, loop.index)), columns, builder.load(total)), total)
+            number = _spread(builder, kind, at(row, x_step, loop.index))
+            builder.store(_fused(builder, number, columns, builder.load(total)), total)
     results = [builder.load(total) for total in sums]
-    if scaled:
-        results = [
-            fused(spread(scale), result, _get(builder, kind, place, count))
-            for scale, result, place in zip(starts, results, places, strict=True)
-        ]
+    if paired:
+        parts = [_indices(range(k, k + lanes // 2)) for k in (0, lanes // 2)]
+        halves = [[builder.shuffle_vector(result, result, indices) for indices in parts] for result in results]
+        sums = zip(halves, places, starts, strict=True)
+        # all before the first is written: the last row may be there several times
+        results = [tiles.add_pair(builder, *values, start_step, count) for values in sums]
     for place, result in zip(places, results, strict=True):
-        _put(builder, kind, place, result, count)
+        _put(builder, result.type, place, result, count)
 
 
-def _product(most: int, lanes: int, scaled: bool = False):
-    """`_tile` for compiled code."""
-    name, kind = f"spyx_tile_{most}_{lanes}{'_scaled' if scaled else ''}", ir.FunctionType(ir.VoidType(), [_WORD] * 12)
+def _product(most: int, lanes: int):
+    def write(builder, *arguments):
+        if TILES:
+            tiles.tile(builder, lanes, *arguments)
+        else:
+            _tile(builder, most, lanes, False, *arguments[:-1], None, arguments[-1])
 
-    def function(module):
-        """One for a module: it would take long to compile at every place it is called from."""
-        if name not in module.globals:
-            made = ir.Function(module, kind, name)
-            made.linkage = "linkonce_odr"
-            made.attributes.add("noinline")
-            builder = ir.IRBuilder(made.append_basic_block())
-            _tile(builder, most, lanes, scaled, *made.args)
-            builder.ret_void()
-        return module.globals[name]
-
-    @intrinsic
-    def call(_, to, to_stride, x, x_stride, x_step, rows, w, w_stride, inner, start, start_stride, count):
-        def build(context, builder, signature, values):
-            builder.call(function(builder.module), values)
-            return values[0]
-
-        return types.intp(*[types.intp] * 12), build
-
-    return call
+    return llvm_function(f"spyx_tile_{most}_{lanes}", 12, write)
 
 
-_HALF = LANES // 2
-_whole, _half = _product(ROWS, LANES), _product(2 * ROWS, _HALF)
-_whole_scaled, _half_scaled = _product(ROWS, LANES, True), _product(2 * ROWS, _HALF, True)
+_whole, _half = _product(ROWS, LANES), _product(2 * ROWS, HALF)
+_pair = llvm_function("spyx_tile_pair", 13, lambda builder, *arguments: _tile(builder, ROWS, LANES, True, *arguments))
+
+
+class Rows(NamedTuple):
+    """Rows to be multiplied: an address, and numbers from one to the next and from one number to the next."""
+
+    address: int
+    stride: int
+    step: int
+
+
+@register_jitable
+def depth(inner):
+    """What a row, or a column of a packed matrix, takes, in float32."""
+    return (inner + DEPTH - 1) // DEPTH * NUMBERS if TILES else inner
+
+
+@register_jitable
+def space(rows, inner):
+    """Memory for arranged rows, in float32."""
+    return (rows + 2 * ROWS - 1) // (2 * ROWS) * (2 * ROWS) * depth(inner) if TILES else 0
+
+
+@njit
+def _arranged(to, x, stride, step, rows, inner):
+    if not TILES:
+        return Rows(x, stride, step)
+    numbers = _n(depth(inner))
+    for row in range(0, rows, SIDE):
+        count = min(SIDE, rows - row)
+        for k in range(0, inner, DEPTH):
+            here, there = to + 4 * (row * numbers + k // DEPTH * SIDE * NUMBERS), x + 4 * (row * stride + k * step)
+            if step == 1:
+                split(here, TILE, there, stride, count, inner - k)
+            else:
+                split_across_turned(here, TILE, there, step, count, inner - k)
+    return Rows(to, numbers, _n(1))
+
+
+@register_jitable
+def arranged(to, x, stride, step, rows, inner):
+    """Rows (rows, inner) at the address x, as products take them: either the stride or the step is 1.
+
+    `to` is the address of memory for `space(rows, inner)`, which they may be in.
+    """
+    return _arranged(_n(to), _n(x), _n(stride), _n(step), _n(rows), _n(inner))
+
+
+@register_jitable
+def behind(rows, k):
+    """Rows without their first k numbers, a multiple of `BLOCK`."""
+    offset = k // DEPTH * SIDE * NUMBERS if TILES else k * rows.step
+    return Rows(rows.address + 4 * offset, rows.stride, rows.step)
 
 
 @njit
 def _panel(to, to_stride, x, x_stride, x_step, rows, w, inner, start, start_stride, width):
     """All rows of a product with up to `LANES` columns."""
-    most = ROWS if width > _HALF else 2 * ROWS
-    for row in range(0, rows, most):
-        here, there, begin = to + 4 * row * to_stride, x + 4 * row * x_stride, start + 4 * row * start_stride
-        left = rows - row
-        if width > _HALF:
-            _whole(here, to_stride, there, x_stride, x_step, left, w, LANES, inner, begin, start_stride, width)
-        else:
-            _half(here, to_stride, there, x_stride, x_step, left, w, LANES, inner, begin, start_stride, width)
+    most = ROWS if width > HALF else 2 * ROWS
+    for k in range(0, max(inner, 1), _CHUNK):
+        of_x, of_w, numbers = x + 4 * k * (SIDE if TILES else x_step), w + 4 * k * LANES, min(inner - k, _CHUNK)
+        for row in range(0, rows, most):
+            here, there, begin = to + 4 * row * to_stride, of_x + 4 * row * x_stride, start + 4 * row * start_stride
+            a, b, c, n = to_stride, x_stride, start_stride, rows - row
+            if width > HALF:
+                _whole(here, a, there, b, x_step, n, of_w, LANES, numbers, begin, c, width)
+            else:
+                _half(here, a, there, b, x_step, n, of_w, LANES, numbers, begin, c, width)
+        start, start_stride = to, to_stride
 
 
 @njit
-def multiply(to, to_stride, x, x_stride, rows, w, inner, columns, bias):
-    """The rows (rows, inner) at the address `x` times the packed matrix at `w`, plus the row at `bias`.
+def multiply(to, to_stride, x, rows, w, inner, columns, bias):
+    """Arranged rows (rows, inner) times the packed matrix at `w`, plus the row at `bias`.
 
-    Strides are numbers from one row to the next. `to` and `x` do not overlap.
+    The stride is numbers from one row to the next. `to` and `x` do not overlap.
     """
-    one, none = _n(1), _n(0)
+    none, numbers = _n(0), _n(depth(inner))
     for first in range(0, columns, LANES):
-        here, matrix, width = _n(to + 4 * first), _n(w + 4 * first * inner), _n(min(LANES, columns - first))
+        here, matrix, width = _n(to + 4 * first), _n(w + 4 * first * numbers), _n(min(LANES, columns - first))
         start = _n(bias + 4 * first)
-        _panel(here, _n(to_stride), _n(x), _n(x_stride), one, _n(rows), matrix, _n(inner), start, none, width)
+        _panel(here, _n(to_stride), x.address, x.stride, x.step, _n(rows), matrix, numbers, start, none, width)
 
 
 @njit
-def add_product(to, to_stride, x, x_stride, x_step, rows, w, inner, columns):
-    """Add a product to the rows at `to`, of numbers `x_step` apart: with a step of a row, that of a transpose."""
+def add_product(to, to_stride, x, rows, w, inner, columns):
+    """Add a product to the rows at `to`."""
+    numbers = _n(depth(inner))
     for first in range(0, columns, LANES):
-        here, matrix, width = _n(to + 4 * first), _n(w + 4 * first * inner), _n(min(LANES, columns - first))
-        stride, step = _n(to_stride), _n(x_step)
-        _panel(here, stride, _n(x), _n(x_stride), step, _n(rows), matrix, _n(inner), here, stride, width)
+        here, matrix, width = _n(to + 4 * first), _n(w + 4 * first * numbers), _n(min(LANES, columns - first))
+        stride = _n(to_stride)
+        _panel(here, stride, x.address, x.stride, x.step, _n(rows), matrix, numbers, here, stride, width)
 
 
 @register_jitable
-def lanes_of(columns):
-    """Columns of a panel of a matrix as `add_scaled` takes it: a narrow one has narrow panels."""
-    return _HALF if columns <= _HALF else LANES
+def first_of(pair, rising):
+    """The first inner number of a pair of matrices: with `rising`, those of g have nothing before g."""
+    return 2 * pair // BLOCK * BLOCK if rising else 0
 
 
 @njit
-def add_scaled(to, to_stride, scale, scale_stride, x, x_stride, rows, w, inner, columns):
-    """Add a product, each row times a number, to the rows at `to`; the matrix is packed in panels of `lanes_of`."""
-    lanes = lanes_of(columns)
-    for first in range(0, columns, lanes):
-        width = min(lanes, columns - first)
-        most = ROWS if width > _HALF else 2 * ROWS
-        for row in range(0, rows, most):
-            here, there = to + 4 * (row * to_stride + first), x + 4 * row * x_stride
-            of, matrix, left = scale + 4 * row * scale_stride, w + 4 * first * inner, _n(rows - row)
-            a, b, c, n = _n(to_stride), _n(x_stride), _n(scale_stride), _n(inner)
-            if width > _HALF:
-                _whole_scaled(here, a, there, b, 1, left, matrix, _n(lanes), n, of, c, _n(width))
-            else:
-                _half_scaled(here, a, there, b, 1, left, matrix, _n(lanes), n, of, c, _n(width))
+def add_scaled(to, to_stride, scale, scale_stride, x, rows, w, count, rising, inner, columns):
+    """Add products with `count` matrices, each row of each times a number of its own, to the rows at `to`.
+
+    The numbers of a row lie side by side. At `w` lie panels: for every two matrices, and then for every `HALF`
+    columns, those of the one before those of the other, from `first_of` on.
+    """
+    memory = np.empty(2 * ROWS * LANES + LINE if TILES else 1, np.float32)
+    made, a, c = _n(piece(memory.ctypes.data, 0)[0]), _n(to_stride), _n(scale_stride)
+    free = made + 4 * ROWS * LANES
+    # matrix units make a product while what they made before is brought to its place
+    last, place, beside, rest, apart, wide = made, made, made, _n(0), _n(0), _n(0)
+    for g in range(0, count, 2):
+        another, numbers = _n(1 if g + 1 < count else 0), _n(depth(inner - first_of(g // 2, rising)))
+        of_x = behind(x, first_of(g // 2, rising)).address
+        for column in range(0, columns, HALF):
+            width = _n(min(HALF, columns - column))
+            for row in range(0, rows, ROWS):
+                here, of = _n(to + 4 * (row * a + column)), _n(scale + 4 * (row * c + g))
+                there, n = _n(of_x + 4 * row * x.stride), _n(rows - row)
+                if TILES:
+                    if rest >= ROWS and wide == HALF and n > SIDE and numbers > 0:
+                        pair_and_finish(made, there, x.stride, w, numbers, last, place, a, beside, c, apart)
+                    else:
+                        if rest > 0:
+                            pair_finish(last, place, a, rest, beside, c, apart, wide)
+                        pair_product(made, there, x.stride, n, w, numbers)
+                    last, place, beside, rest, apart, wide = made, here, of, n, another, width
+                    made, free = free, made
+                else:
+                    _pair(here, a, there, x.stride, x.step, n, w, LANES, numbers, of, c, another, width)
+            w += 4 * numbers * LANES
+    if rest > 0:
+        pair_finish(last, place, a, rest, beside, c, apart, wide)
+    memory[0] = 0  # numba frees an array after its last use
 
 
 @njit
-def _pack_panel(to, matrix, inner, columns, turned, panel):
-    first = panel * LANES
-    width = min(LANES, columns - first)
-    for i in range(0, inner, _BLOCK):
-        count = min(_BLOCK, inner - i)
-        here = to + 4 * (first * inner + i * LANES)
-        if width < LANES:
-            clear(here, count * LANES)
-        if turned:
-            out = floats(here, count * LANES)
-            for p in range(width):
-                given = floats(matrix + 4 * ((first + p) * inner + i), count)
-                for j in range(count):
-                    out[j * LANES + p] = given[j]
+def pack_block(panel, lanes, k, first, x, k_step, step, inner, columns):
+    """Pack, into a panel, up to `DEPTH` rows from k on and `SIDE` columns from `first` on: multiples of these.
+
+    They lie at `x`, `k_step` numbers from a row to the next, `step` from a column to the next; one of the two is 1.
+    Behind the `columns` it may write 0.
+    """
+    if TILES:
+        to, apart = panel + TILE * (k // DEPTH * PARTS * (lanes // SIDE) + first // SIDE), TILE * (lanes // SIDE)
+        if step == 1:
+            split_across(to, apart, x, k_step, columns, inner)
         else:
-            for j in range(count):
-                copy(here + 4 * j * LANES, matrix + 4 * ((i + j) * columns + first), width)
+            split_turned(to, apart, x, step, min(columns, SIDE), inner)
+    else:
+        rows = min(DEPTH, inner)
+        out = floats(panel + 4 * (k * lanes + first), rows * lanes)
+        given = floats(x, rows * k_step + SIDE * step)
+        for p in range(min(columns, SIDE)):
+            for j in range(rows):
+                out[j * lanes + p] = given[j * k_step + p * step]
+        for j in range(rows):
+            for p in range(max(columns, 0), SIDE):
+                out[j * lanes + p] = 0
+
+
+@njit
+def pack_panel(to, lanes, x, k_step, step, inner, columns):
+    """Pack a panel of `lanes` columns, of which there are only `columns`."""
+    for k in range(0, inner, DEPTH):
+        for first in range(0, lanes, SIDE):
+            there = x + 4 * (k * k_step + first * step)
+            pack_block(to, lanes, k, first, there, k_step, step, inner - k, columns - first)
+
+
+@njit
+def pack_matrix(to, x, stride, inner, columns):
+    """Pack a matrix (inner, columns) of which each row lies side by side."""
+    for first in range(0, columns, LANES):
+        here = to + 4 * first * depth(inner)
+        pack_panel(_n(here), _n(LANES), _n(x + 4 * first), _n(stride), _n(1), _n(inner), _n(columns - first))
 
 
 @kernel
@@ -194,7 +293,10 @@ def pack(item, buffers):
         inner, columns, turned = sizes[3 + 3 * k], sizes[4 + 3 * k], sizes[5 + 3 * k]
         panels = (columns + LANES - 1) // LANES
         if item < panels:
-            _pack_panel(at[1 + count + k], at[1 + k], inner, columns, turned, item)
+            first = item * LANES
+            k_step, step = (1, inner) if turned else (columns, 1)
+            to, given = at[1 + count + k] + 4 * first * depth(inner), at[1 + k] + 4 * first * step
+            pack_panel(_n(to), _n(LANES), _n(given), _n(k_step), _n(step), _n(inner), _n(columns - first))
             return
         item -= panels
 
@@ -210,10 +312,12 @@ def packed(*matrices: jax.Array | Turned) -> list[jax.Array]:
     given = [(m.matrix, True) if isinstance(m, Turned) else (m, False) for m in matrices]
     shapes = [m.shape[::-1] if turned else m.shape for m, turned in given]
     results = [m[None] for m, _ in given]
-    made = [k for k, (_, columns) in enumerate(shapes) if given[k][1] or columns != LANES]
+    made = [k for k, (_, columns) in enumerate(shapes) if TILES or given[k][1] or columns != LANES]
     if made:
         sizes = [v for k in made for v in (*shapes[k], given[k][1])]
-        like = [jax.ShapeDtypeStruct((-(-shapes[k][1] // LANES), shapes[k][0], LANES), jnp.float32) for k in made]
+        like = [
+            jax.ShapeDtypeStruct((-(-shapes[k][1] // LANES), depth(shapes[k][0]), LANES), jnp.float32) for k in made
+        ]
         operands, items = [given[k][0] for k in made], sum(shape.shape[0] for shape in like)
         for k, result in zip(made, invoke(pack, items, (len(made), *sizes), operands, like), strict=True):
             results[k] = result

@@ -14,8 +14,9 @@ from .activations import LOG2_E, exp2_and_slope, sigmoid, softplus
 from .custom_call import kernel
 from .depthwise import convolve
 from .gelu import gelu
-from .memory import LINE, add, clear, copy, floats, ints, wait_for, words
-from .products import multiply
+from .memory import LINE, add, clear, copy, floats, ints, piece, wait_for, words
+from .products import arranged, multiply, space
+from .tiles import begin, end
 from .vectors import WIDTH, put, take, wide
 
 _f = np.float32
@@ -45,6 +46,7 @@ def forward(item, buffers):
     the zeros what each row has done.
     """
     wide()
+    begin()
     at = words(buffers, 24)
     table = ints(at[0], _SIZES)
     T, B, H, D, K = table[_T], table[_B], table[_H], table[_D], table[_K]
@@ -52,48 +54,55 @@ def forward(item, buffers):
     first = number * table[_STEPS]
     most = min(table[_STEPS], T - first)
     steps = min(max(ints(at[2], row + 1)[row] - first, 0), most)
-    before = np.empty((K + steps, D), np.float32)
-    us, rs = np.empty(steps * D, np.float32), np.empty(steps * D, np.float32)
-    inputs, gates = np.empty(steps * D, np.float32), np.empty(steps * D, np.float32)
-    rates, a_log = np.empty(steps * D, np.float32), floats(at[15], D)
+    size = steps * D
+    memory = np.empty(6 * size + K * D + space(steps, max(H, D)) + 8 * LINE, np.float32)
+    taken, free = piece(memory.ctypes.data, K * D + size)
+    u, free = piece(free, size)
+    r, free = piece(free, size)
+    i, free = piece(free, size)
+    gate, free = piece(free, size)
+    rate, free = piece(free, size)
+    side = piece(free, 0)[0]
+    us, rs, inputs, gates = floats(u, size), floats(r, size), floats(i, size), floats(gate, size)
+    rates, a_log = floats(rate, size), floats(at[15], D)
     x, y = at[1] + 4 * (row * T + first) * H, at[20] + 4 * (row * T + first) * H
-    taken, made = before.ctypes.data, before.ctypes.data + 4 * K * D
-    multiply(made, D, x, H, steps, at[5], H, D, at[6])
-    multiply(gates.ctypes.data, D, x, H, steps, at[3], H, D, at[4])
+    rows = arranged(side, x, H, 1, steps, H)
+    multiply(taken + 4 * K * D, D, rows, steps, at[5], H, D, at[6])
+    multiply(gate, D, rows, steps, at[3], H, D, at[4])
     for p in range(D if steps else 0):
         rates[p] = -floats(at[16], 1)[0] * softplus(-a_log[p]) * LOG2_E
     for j in range(1, steps):
-        copy(rates.ctypes.data + 4 * j * D, rates.ctypes.data, D)
+        copy(rate + 4 * j * D, rate, D)
 
     done, shared = at[23] + 4 * LINE * row, at[21] + 4 * row * K * D
     wait_for(done, number)
     copy(taken, shared if number else at[17] + 4 * row * K * D, K * D)
     copy(shared, taken + 4 * steps * D, K * D)
     add(done, 1)
-    convolve(us.ctypes.data, taken, at[13], at[14], steps, D, K)
-    multiply(rs.ctypes.data, D, us.ctypes.data, D, steps, at[7], D, D, at[8])
-    multiply(inputs.ctypes.data, D, us.ctypes.data, D, steps, at[9], D, D, at[10])
+    convolve(u, taken, at[13], at[14], steps, D, K)
+    rows = arranged(side, u, D, 1, steps, D)
+    multiply(r, D, rows, steps, at[7], D, D, at[8])
+    multiply(i, D, rows, steps, at[9], D, D, at[10])
     # loops of one thing each: the processor overlaps more of their rounds
-    for i in range(steps * D):
-        rs[i] = rates[i] * sigmoid(rs[i])
-    for i in range(steps * D):
-        us[i] *= sigmoid(inputs[i])
-    for i in range(steps * D):
-        decay, slope = exp2_and_slope(rs[i])
-        rest = -rs[i] * slope if rs[i] > _f(-0.5) else _f(1) - decay
-        us[i] *= np.sqrt(max(rest * (_f(1) + decay), _TINY))
-        rs[i] = decay
+    for p in range(size):
+        rs[p] = rates[p] * sigmoid(rs[p])
+    for p in range(size):
+        us[p] *= sigmoid(inputs[p])
+    for p in range(size):
+        decay, slope = exp2_and_slope(rs[p])
+        rest = -rs[p] * slope if rs[p] > _f(-0.5) else _f(1) - decay
+        us[p] *= np.sqrt(max(rest * (_f(1) + decay), _TINY))
+        rs[p] = decay
 
     h = at[22] + 4 * row * D
     wait_for(done + 8, number)
     if number == 0:
         copy(h, at[18] + 4 * row * D, D)
-    _recur(us.ctypes.data, rs.ctypes.data, h, steps, D)
+    _recur(u, r, h, steps, D)
     add(done + 8, 1)
-    for i in range(steps * D):
-        gates[i] = gelu(gates[i]) * us[i]
-    multiply(y, H, gates.ctypes.data, D, steps, at[11], D, H, at[12])
+    for p in range(size):
+        gates[p] = gelu(gates[p]) * us[p]
+    multiply(y, H, arranged(side, gate, D, 1, steps, D), steps, at[11], D, H, at[12])
+    end()
     clear(y + 4 * steps * H, (most - steps) * H)
-    if steps:
-        us[0], rs[0], inputs[0], gates[0] = 0, 0, 0, 0  # numba frees an array after its last use
-    before[0] = 0
+    memory[0] = 0  # numba frees an array after its last use

@@ -17,9 +17,10 @@ from numba.extending import register_jitable
 from .activations import sigmoid
 from .custom_call import kernel
 from .gelu import gelu
-from .memory import LINE, add, clear, copy, floats, ints, wait_for, words
-from .products import add_scaled, lanes_of, multiply
+from .memory import LINE, add, clear, copy, floats, ints, piece, wait_for, words
+from .products import HALF, LANES, add_scaled, arranged, depth, first_of, multiply, pack_block, pack_panel, space
 from .recurrence import advance
+from .tiles import DEPTH, SIDE, begin, end, turn
 from .vectors import wide
 
 _f = np.float32
@@ -30,110 +31,159 @@ _SIZES = 7
 
 
 @register_jitable
-def _padded(columns):
-    lanes = lanes_of(columns)
-    return (columns + lanes - 1) // lanes * lanes
+def _parts(count, size):
+    return (count + size - 1) // size
 
 
-def sizes(H: int, N: int) -> tuple[int, int]:
-    """How many numbers the packed matrices of the two forms have."""
-    return H * (H + 1) // 2 * _padded(N), N * H * _padded(H)
+def sizes(H: int, N: int) -> list[int]:
+    """How many numbers the packed matrices have, the results behind the others."""
+    quadratic = sum(depth(H - first_of(pair, True)) for pair in range(_parts(H, 2))) * _parts(N, HALF)
+    bilinear = _parts(N, 2) * depth(H) * _parts(H, HALF)
+    dense = [depth(H) * _parts(columns, LANES) for columns in (H, N, H, N, H)]
+    return [LANES * panels for panels in (quadratic, bilinear, *dense)]
 
 
-@kernel
-def prepare(k, buffers):
-    """Operands: table, matrix (H, N + H N + H N + H + N) that makes A, B [h, n], C [h, n], D and bias of u. Results:
-    the matrices [k, n] of the quadratic form for one h after the other, k from h on; those [k, h] of the bilinear one
-    for one n after the other. An item is a k.
+@register_jitable
+def items(H: int, N: int) -> int:
+    """How many items pack the matrices, before all others."""
+    dense = 3 * _parts(H, LANES) + 2 * _parts(N, LANES)
+    return _parts(H, 2) + _parts(H, DEPTH) * _parts(H, HALF) + dense
+
+
+@njit
+def _quadratic_panels(to, W, h, H, N, J):
+    """Of h and h + 1: [k, n] with k from `first_of` them on."""
+    first = first_of(h // 2, True)
+    panel = np.zeros((H - first) * LANES, np.float32)
+    for column in range(0, N, HALF):
+        width = min(HALF, N - column)
+        for one in range(h, min(h + 2, H)):
+            for k in range(one, H):
+                place = panel.ctypes.data + 4 * ((k - first) * LANES + (one - h) * HALF)
+                sums, given = floats(place, width), floats(W + 4 * (k * J + N + one * N + column), width)
+                other = floats(W + 4 * (one * J + N + k * N + column), width)
+                if k > one:
+                    for n in range(width):
+                        sums[n] = given[n] + other[n]
+                else:
+                    copy(place, W + 4 * (k * J + N + one * N + column), width)
+        pack_panel(to, LANES, panel.ctypes.data, LANES, 1, H - first, LANES)
+        to += 4 * depth(H - first) * LANES
+    panel[0] = 0  # numba frees an array after its last use
+
+
+@njit
+def _bilinear_blocks(to, W, k, column, H, N, J):
+    """Of every n and n + 1: the block of [k, h] from k and the column on."""
+    pairs, rows, columns = _parts(N, 2), min(DEPTH, H - k), min(HALF, H - column)
+    stride = 2 * pairs * HALF
+    made = np.zeros(DEPTH * stride, np.float32)
+    for i in range(rows):
+        given = W + 4 * ((k + i) * J + N + H * N + column * N)
+        for n in range(0, N, SIDE):
+            to_n = made.ctypes.data + 4 * (i * stride + n * HALF)
+            turn(to_n, HALF, given + 4 * n, N, columns, min(SIDE, N - n))
+    for pair in range(pairs):
+        panel = to + 4 * depth(H) * LANES * (pair * _parts(H, HALF) + column // HALF)
+        for first in range(0, LANES, SIDE):
+            there = made.ctypes.data + 4 * (pair * LANES + first)
+            pack_block(panel, LANES, k, first, there, stride, 1, H - k, LANES - first)
+    made[0] = 0  # as above
+
+
+@njit
+def _prepare(item, W_in, W_gate, W, packed, H, N):
+    """Pack matrices, to the addresses `packed`: [k, n] of the quadratic form for two h after the other, k from the
+    first on; [k, h] of the bilinear one for two n after the other; those of the input, A, D, bias and gate.
+
+    W (H, N + H N + H N + H + N) makes A, B [h, n], C [h, n], D and the bias of u.
     """
-    at = words(buffers, 4)
-    table = ints(at[0], _SIZES)
-    H, N = table[_H], table[_N]
-    J, matrix, lanes = 2 * N + 2 * H * N + H, at[2], lanes_of(N)
-    for h in range(k + 1):
-        of_k, of_h = at[1] + 4 * (k * J + N + h * N), at[1] + 4 * (h * J + N + k * N)
-        for first in range(0, N, lanes):
-            width = min(lanes, N - first)
-            here = matrix + 4 * (first * (H - h) + (k - h) * lanes)
-            copy(here, of_k + 4 * first, width)
-            if h < k:
-                sums, other = floats(here, width), floats(of_h + 4 * first, width)
-                for q in range(width):
-                    sums[q] += other[q]
-            clear(here + 4 * width, lanes - width)
-        matrix += 4 * (H - h) * _padded(N)
-    matrix, lanes = at[3], lanes_of(H)
-    given = floats(at[1] + 4 * (k * J + N + H * N), H * N)
-    for n in range(N):
-        for first in range(0, H, lanes):
-            width = min(lanes, H - first)
-            row = floats(matrix + 4 * (first * H + k * lanes), lanes)
-            for q in range(width):
-                row[q] = given[(first + q) * N + n]
-            for q in range(width, lanes):
-                row[q] = 0
-        matrix += 4 * H * _padded(H)
-
-
-@njit
-def _quadratic(to, N, u, H, steps, w):
-    """Add the quadratic form to the rows of N numbers."""
-    for h in range(H):
-        add_scaled(to, N, u + 4 * h, H, u + 4 * h, H, steps, w, H - h, N)
-        w += 4 * (H - h) * _padded(N)
-
-
-@njit
-def _bilinear(to, s, N, u, H, steps, w):
-    """Add the bilinear form to the rows of H numbers."""
-    for n in range(N):
-        add_scaled(to, H, s + 4 * n, N, u, H, steps, w + 4 * n * H * _padded(H), H, H)
+    J, to = 2 * N + 2 * H * N + H, packed[0]
+    if item < _parts(H, 2):
+        for pair in range(item):
+            to += 4 * depth(H - first_of(pair, True)) * _parts(N, HALF) * LANES
+        _quadratic_panels(to, W, 2 * item, H, N, J)
+        return
+    item -= _parts(H, 2)
+    if item < _parts(H, DEPTH) * _parts(H, HALF):
+        k, column = item // _parts(H, HALF) * DEPTH, item % _parts(H, HALF) * HALF
+        _bilinear_blocks(packed[1], W, k, column, H, N, J)
+        return
+    item -= _parts(H, DEPTH) * _parts(H, HALF)
+    for m in range(5):
+        columns, given, stride = H, W_in if m == 0 else W_gate, H
+        if m == 1 or m == 3:
+            columns, given, stride = N, W + (4 * (J - N) if m == 3 else 0), J
+        elif m == 2:
+            given, stride = W + 4 * (J - N - H), J
+        if item < _parts(columns, LANES):
+            first = item * LANES
+            place = packed[2 + m] + 4 * first * depth(H)
+            pack_panel(place, LANES, given + 4 * first, stride, 1, H, columns - first)
+            return
+        item -= _parts(columns, LANES)
 
 
 @kernel
 def forward(item, buffers):
-    """Operands: table, x, lengths, matrix of the input, that of A, bias and D, of the quadratic form, of the bilinear
-    one, of the gate, base of A, h, zeros (B, LINE). Results: y, h, and in place of the zeros what each row has done.
+    """Operands: table, x, lengths, base of A, matrices of the input, of the gate and that makes the others, h, zeros
+    (1 + B, LINE). Results: y, h, and in the place of the zeros how many matrices are packed and what each row has done;
+    packed matrices.
     """
     wide()
-    at = words(buffers, 14)
+    at = words(buffers, 19)
     table = ints(at[0], _SIZES)
-    T, B, H, N = table[_T], table[_B], table[_H], table[_N]
+    first_items, H, N = items(table[_H], table[_N]), table[_H], table[_N]
+    if item < first_items:
+        _prepare(item, at[4], at[5], at[6], at[12:], H, N)
+        add(at[11], 1)
+        return
+    wait_for(at[11], first_items)
+    item -= first_items
+    begin()
+    T, B = table[_T], table[_B]
     number, row = item // B, item % B
     first = number * table[_STEPS]
     steps = min(table[_STEPS], T - first)
     valid = min(max(ints(at[2], row + 1)[row] - first, 0), steps)
-    columns = 2 * N + H
-    us, made = np.empty((steps, H), np.float32), np.empty((steps, columns), np.float32)
-    sums, decays = np.empty((steps, N), np.float32), np.empty((steps, N), np.float32)
-    ys, gates, zero = np.empty((steps, H), np.float32), np.empty((steps, H), np.float32), np.zeros(columns, np.float32)
-    base, nothing = floats(at[8], N), zero.ctypes.data
-    x, y, u = at[1] + 4 * (row * T + first) * H, at[11] + 4 * (row * T + first) * H, us.ctypes.data
-    multiply(u, H, x, H, steps, at[3], H, H, nothing)
-    multiply(made.ctypes.data, columns, u, H, steps, at[4], H, columns, nothing)
-    for j in range(steps):
-        for n in range(N):
-            a = base[n] + made[j, n]
-            decays[j, n] = _f(1) - _f(1) / (a * a + _f(0.5))
-            sums[j, n] = made[j, N + n]
-        for p in range(H):
-            ys[j, p] = made[j, 2 * N + p] * us[j, p]
-    _quadratic(sums.ctypes.data, N, u, H, steps, at[5])
+    numbers = steps * (2 * N + 3 * H) + max(N, H) + space(steps, H)
+    memory = np.empty(numbers + 8 * LINE, np.float32)
+    u, free = piece(memory.ctypes.data, steps * H)
+    sums, free = piece(free, steps * N)
+    a, free = piece(free, steps * N)
+    ys, free = piece(free, steps * H)
+    gates, free = piece(free, steps * H)
+    nothing, free = piece(free, max(N, H))
+    side = piece(free, 0)[0]
+    clear(nothing, max(N, H))
+    x, y = at[1] + 4 * (row * T + first) * H, at[9] + 4 * (row * T + first) * H
+    multiply(u, H, arranged(side, x, H, 1, steps, H), steps, at[14], H, H, nothing)
+    rows = arranged(side, u, H, 1, steps, H)
+    multiply(a, N, rows, steps, at[15], H, N, at[3])
+    multiply(ys, H, rows, steps, at[16], H, H, nothing)
+    multiply(sums, N, rows, steps, at[17], H, N, nothing)
+    decays, rest, inputs = floats(a, steps * N), floats(ys, steps * H), floats(u, steps * H)
+    for i in range(steps * N):
+        decays[i] = _f(1) - _f(1) / (decays[i] * decays[i] + _f(0.5))
+    for i in range(steps * H):
+        rest[i] *= inputs[i]
+    add_scaled(sums, N, u, H, rows, steps, at[12], H, True, H, N)
 
-    done, state = at[13] + 4 * LINE * row, at[12] + 4 * row * N
+    done, state = at[11] + 4 * LINE * (1 + row), at[10] + 4 * row * N
     wait_for(done, number)
     if number == 0:
-        copy(state, at[9] + 4 * row * N, N)
-    advance(sums.ctypes.data, N, state, decays.ctypes.data, N, N, valid, False)
+        copy(state, at[7] + 4 * row * N, N)
+    advance(sums, N, state, a, N, N, valid, False)
     add(done, 1)
-    clear(sums.ctypes.data + 4 * valid * N, (steps - valid) * N)
+    clear(sums + 4 * valid * N, (steps - valid) * N)
 
-    _bilinear(ys.ctypes.data, sums.ctypes.data, N, u, H, steps, at[6])
-    drives, rest = floats(gates.ctypes.data, steps * H), floats(ys.ctypes.data, steps * H)
+    add_scaled(ys, H, sums, N, rows, steps, at[13], N, False, H, H)
+    drives = floats(gates, steps * H)
     for i in range(steps * H):
         drives[i] = gelu(rest[i])
-    multiply(y, H, gates.ctypes.data, H, steps, at[7], H, H, nothing)
+    multiply(y, H, arranged(side, gates, H, 1, steps, H), steps, at[18], H, H, nothing)
+    end()
     out, given = floats(y, steps * H), floats(x, steps * H)
     for i in range(steps * H):
         out[i] = given[i] + sigmoid(out[i]) * rest[i]
-    us[0], made[0], sums[0], decays[0], ys[0], gates[0], zero[0] = 0, 0, 0, 0, 0, 0, 0  # as above
+    memory[0] = 0  # as above

@@ -70,6 +70,18 @@ def _put(builder, kind, address, value, count):
     builder.call(f, [value, pointer, _INT(4), mask])
 
 
+def _spread(builder, kind, address):
+    """A vector of the number at an address."""
+    one = builder.load(builder.inttoptr(address, _FLOAT.as_pointer()), align=4)
+    nothing = ir.Constant(kind, ir.Undefined)
+    return builder.shuffle_vector(builder.insert_element(nothing, one, _INT(0)), nothing, _indices([0] * kind.count))
+
+
+def _fused(builder, a, b, c):
+    """a b + c."""
+    return builder.fadd(c, builder.fmul(a, b, flags=("contract",)), flags=("contract",))
+
+
 def _loads(context, builder, address, count=None):
     return _get(builder, _LANES, address, count)
 
@@ -169,9 +181,7 @@ def fill(_, address):
     """A vector of the number at an address."""
 
     def build(context, builder, signature, values):
-        one = builder.load(builder.inttoptr(values[0], _FLOAT.as_pointer()), align=4)
-        nothing = ir.Constant(_LANES, ir.Undefined)
-        return builder.shuffle_vector(builder.insert_element(nothing, one, _INT(0)), nothing, _indices([0] * WIDTH))
+        return _spread(builder, _LANES, values[0])
 
     return _vector(types.intp), build
 

@@ -12,32 +12,81 @@ from numba import njit
 from spyx.ops import native
 from spyx.ops.native.depthwise import convolve
 from spyx.ops.native.gelu import gelu
-from spyx.ops.native.products import LANES, ROWS, Turned, add_product, add_scaled, lanes_of, multiply, packed
+from spyx.ops.native.products import (
+    BLOCK,
+    HALF,
+    LANES,
+    ROWS,
+    Turned,
+    add_product,
+    add_scaled,
+    arranged,
+    behind,
+    depth,
+    first_of,
+    multiply,
+    pack_matrix,
+    packed,
+    space,
+)  # fmt: skip
+from spyx.ops.native.tiles import begin, end
 from spyx.ops.native.vectors import WIDTH, wide
 
 
+@njit
+def rows_of(memory, x):
+    (rows, inner), stride, step = x.shape, x.strides[0] // 4, x.strides[1] // 4
+    return arranged(memory.ctypes.data, x.ctypes.data, stride, step, rows, inner)
+
+
 @njit(error_model="numpy", fastmath={"contract"})
+def _product(memory, to, x, w, columns, bias):
+    begin()
+    rows, inner = x.shape
+    x = rows_of(memory, x)
+    multiply(to.ctypes.data, to.strides[0] // 4, x, rows, w.ctypes.data, inner, columns, bias.ctypes.data)
+    end()
+
+
+@njit(error_model="numpy", fastmath={"contract"})
+def _added(memory, to, x, w, columns, skip):
+    begin()
+    rows, inner = x.shape
+    x = behind(rows_of(memory, x), skip)
+    add_product(to.ctypes.data, to.strides[0] // 4, x, rows, w.ctypes.data, inner - skip, columns)
+    end()
+
+
+@njit(error_model="numpy", fastmath={"contract"})
+def _added_scaled(memory, to, scale, x, w, rising, columns):
+    begin()
+    (rows, inner), a, count = x.shape, (to.strides[0] // 4, scale.strides[0] // 4), scale.shape[1]
+    x = rows_of(memory, x)
+    of, w = scale.ctypes.data, w.ctypes.data
+    add_scaled(to.ctypes.data, a[0], of, a[1], x, rows, w, count, rising, inner, columns)
+    end()
+
+
 def product(to, x, w, columns, bias):
-    rows, inner = x.shape
-    multiply(
-        to.ctypes.data, to.strides[0] // 4, x.ctypes.data, x.strides[0] // 4, rows, w.ctypes.data, inner, columns,
-        bias.ctypes.data,
-    )  # fmt: skip
+    _product(np.empty(space(*x.shape), np.float32), to, x, w, columns, bias)
+
+
+def added(to, x, w, columns, skip=0):
+    _added(np.empty(space(*x.shape), np.float32), to, x, w, columns, skip)
 
 
 @njit(error_model="numpy", fastmath={"contract"})
-def added(to, x, w, columns):
-    rows, inner = x.shape
-    stride, step = x.strides[0] // 4, x.strides[1] // 4
-    add_product(to.ctypes.data, to.strides[0] // 4, x.ctypes.data, stride, step, rows, w.ctypes.data, inner, columns)
+def pack(to, w):
+    (inner, columns), stride = w.shape, w.strides[0] // 4
+    pack_matrix(to.ctypes.data, w.ctypes.data, stride, inner, columns)
 
 
-@njit(error_model="numpy", fastmath={"contract"})
-def added_scaled(to, scale, x, w, columns):
-    (rows, inner), a = x.shape, (to.strides[0] // 4, scale.strides[0] // 4, x.strides[0] // 4)
-    add_scaled(
-        to.ctypes.data, a[0], scale.ctypes.data, a[1], x.ctypes.data, a[2], rows, w.ctypes.data, inner, columns
-    )  # fmt: skip
+def in_panels(w):
+    """A matrix as products take it, packed by compiled code."""
+    inner, columns = w.shape
+    matrix = np.zeros((-(-columns // LANES), depth(inner), LANES), np.float32)
+    pack(matrix, w)
+    return matrix
 
 
 @njit(error_model="numpy", fastmath={"contract"})
@@ -54,8 +103,9 @@ def activated(to, x):
 
 
 SIZES = [
-    (1, 1, 1), (ROWS, 5, LANES), (ROWS + 1, 3, LANES + 1), (2 * ROWS - 1, 67, 3 * LANES - 1), (5, 0, 7),
-    (2 * ROWS + 1, 9, LANES // 2), (4 * ROWS, 20, LANES + LANES // 2), (3, 4, LANES // 2 - 1),
+    (1, 1, 1), (ROWS, 5, LANES), (ROWS // 2, 33, LANES // 2), (ROWS // 2 + 1, 65, LANES), (3 * ROWS, 300, 2 * LANES),
+    (ROWS + 1, 3, LANES + 1), (2 * ROWS - 1, 67, 3 * LANES - 1), (5, 0, 7), (2 * ROWS + 1, 9, LANES // 2),
+    (4 * ROWS, 20, LANES + LANES // 2), (3, 4, LANES // 2 - 1),
 ]  # fmt: skip
 
 
@@ -82,18 +132,33 @@ def test_products_write_their_rows_and_nothing_else(rows, inner, columns):
         check(to, exact + 7, size + 7)
 
 
+@pytest.mark.parametrize("rising", [False, True])
 @pytest.mark.parametrize(("rows", "inner", "columns"), SIZES)
-def test_rows_of_a_product_are_scaled_and_added(rows, inner, columns):
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_rows_of_products_are_scaled_and_added(rows, inner, columns, count, rising):
     rng = np.random.default_rng()
-    x, w = rng.standard_normal((rows, inner + 3), np.float32)[:, :inner], rng.standard_normal((inner, columns), "f4")
-    scale, lanes = rng.standard_normal((rows, 2), np.float32)[:, :1], lanes_of(columns)
-    whole = np.pad(w, ((0, 0), (0, -columns % lanes)))
-    matrix = np.ascontiguousarray(whole.reshape(inner, whole.shape[1] // lanes, lanes).transpose(1, 0, 2))
+    count = min(count, inner) if rising else count
+    x, w = (
+        rng.standard_normal((rows, inner + 3), np.float32)[:, :inner],
+        rng.standard_normal((count, inner, columns), "f4"),
+    )
+    scale = rng.standard_normal((rows, count + 2), np.float32)[:, :count]
+    panels = []
+    for g in range(0, count, 2):
+        if rising:
+            w[g, :g], w[g + 1 : g + 2, : g + 1] = 0, 0
+        for column in range(0, columns, HALF):
+            panel = np.zeros((inner - first_of(g // 2, rising), LANES), np.float32)
+            for k in range(g, min(g + 2, count)):
+                part = w[k, first_of(g // 2, rising) :, column : column + HALF]
+                panel[:, (k - g) * HALF : (k - g) * HALF + part.shape[1]] = part
+            panels.append(in_panels(panel).ravel())
     to = np.full((rows + 1, columns + 4), 7, np.float32)
-    added_scaled(to[:, :columns], scale, x, matrix, columns)
-    exact = 7 + scale * (x.astype(float) @ w)
-    size = 7 + np.abs(scale) * (np.abs(x).astype(float) @ np.abs(w))
-    assert np.all(np.abs(to[:rows, :columns] - exact) <= 2**-23 * math.sqrt(inner + 2) * size)
+    matrices = np.concatenate([*panels, np.zeros(1, np.float32)])
+    _added_scaled(np.empty(space(rows, inner), np.float32), to[:, :columns], scale, x, matrices, rising, columns)
+    exact = 7 + np.einsum("rg,rk,gkc->rc", *(v.astype(float) for v in (scale, x, w)))
+    size = 7 + np.einsum("rg,rk,gkc->rc", *(np.abs(v).astype(float) for v in (scale, x, w)))
+    assert np.all(np.abs(to[:rows, :columns] - exact) <= 2**-23 * math.sqrt(inner + count) * size)
     assert np.all(to[rows] == 7)
     assert np.all(to[:, columns:] == 7)
 
@@ -114,13 +179,37 @@ def test_a_convolution_of_rows(steps, D, K):
 
 def test_matrices_are_packed_in_one_call():
     rng = np.random.default_rng()
-    shapes = (3, LANES), (37, 2 * LANES + 5), (1, 1), (LANES, 18)
+    shapes = (3, LANES), (37, 2 * LANES + 5), (1, 1), (LANES, 18), (2 * LANES + 7, LANES - 3)
     matrices = [rng.standard_normal(shape, np.float32) for shape in shapes]
+    x = [rng.standard_normal((5, len(m)), np.float32) for m in matrices]
     for given in (matrices, [Turned(m.T.copy()) for m in matrices]):
-        for result, matrix in zip(jax.jit(lambda given: packed(*given))(given), matrices, strict=True):
-            panels = -(-matrix.shape[1] // LANES)
-            whole = np.pad(matrix, ((0, 0), (0, panels * LANES - matrix.shape[1])))
-            np.testing.assert_array_equal(result, whole.reshape(len(matrix), panels, LANES).transpose(1, 0, 2))
+        for result, matrix, rows in zip(jax.jit(lambda given: packed(*given))(given), matrices, x, strict=True):
+            to, zero = np.empty((5, matrix.shape[1]), np.float32), np.zeros(matrix.shape[1], np.float32)
+            product(to, rows, np.asarray(result), matrix.shape[1], zero)
+            np.testing.assert_allclose(to, rows.astype(float) @ matrix, atol=2e-5)
+
+
+@pytest.mark.parametrize("skip", [0, BLOCK, 2 * BLOCK])
+def test_rows_without_their_first_numbers(skip):
+    rng = np.random.default_rng()
+    x, w = rng.standard_normal((7, 67), np.float32), rng.standard_normal((67, 5), np.float32)
+    to = np.zeros((7, 5), np.float32)
+    added(to, x, in_panels(w[skip:]), 5, skip)
+    np.testing.assert_allclose(to, x[:, skip:].astype(float) @ w[skip:], atol=2e-5)
+
+
+@pytest.mark.parametrize("value", [np.nan, -np.inf, np.uint32(0xFFFFFFFF).view(np.float32)])
+def test_what_is_not_finite_stays_in_its_row_and_its_column(value):
+    rng = np.random.default_rng()
+    x, w = rng.standard_normal((ROWS + 3, 40), np.float32), rng.standard_normal((40, LANES + 3), np.float32)
+    exact, zero = x.astype(float) @ w, np.zeros(LANES + 3, np.float32)
+    x[3, 39] = w[5, 7] = value
+    to = np.empty((len(x), LANES + 3), np.float32)
+    product(to, x, in_panels(w), LANES + 3, zero)
+    bad = np.zeros(to.shape, bool)
+    bad[3], bad[:, 7] = True, True
+    np.testing.assert_array_equal(~np.isfinite(to), bad)
+    np.testing.assert_allclose(to[~bad], exact[~bad], atol=2e-5)
 
 
 def test_the_activation_is_exact_in_both_tails():
@@ -141,7 +230,7 @@ def test_loops_use_the_registers_that_vectors_use():
     one = np.ones(1, np.float32)
     activated(np.empty_like(one), one)
     product(np.empty((1, 1), np.float32), one[None], np.ones((1, 1, LANES), np.float32), 1, one)
-    of_vectors, of_loops = ("".join(f.inspect_asm().values()) for f in (product, activated))
+    of_vectors, of_loops = ("".join(f.inspect_asm().values()) for f in (_product, activated))
     assert "zmm" not in of_vectors or of_loops.count("zmm") > 4 * of_loops.count("ymm")
     assert "prefer-vector-width" in "".join(activated.inspect_llvm().values())
 
