@@ -34,7 +34,7 @@ from .tiles import (
     split_across,
     split_across_turned,
     split_turned,
-)  # fmt: skip
+)
 from .vectors import _fused, _get, _indices, _put, _spread
 
 ROWS, LANES = (32, 32) if TILES else (12, 32) if binding.get_host_cpu_features().get("avx512f") else (6, 16)
@@ -91,6 +91,8 @@ def _tile(
 
 
 def _product(most: int, lanes: int):
+    """`_tile` of so many rows and columns, or that of `tiles`, for compiled code."""
+
     def write(builder, *arguments):
         if TILES:
             tiles.tile(builder, lanes, *arguments)
@@ -315,9 +317,8 @@ def packed(*matrices: jax.Array | Turned) -> list[jax.Array]:
     made = [k for k, (_, columns) in enumerate(shapes) if TILES or given[k][1] or columns != LANES]
     if made:
         sizes = [v for k in made for v in (*shapes[k], given[k][1])]
-        like = [
-            jax.ShapeDtypeStruct((-(-shapes[k][1] // LANES), depth(shapes[k][0]), LANES), jnp.float32) for k in made
-        ]
+        panels = [(-(-shapes[k][1] // LANES), depth(shapes[k][0]), LANES) for k in made]
+        like = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in panels]
         operands, items = [given[k][0] for k in made], sum(shape.shape[0] for shape in like)
         for k, result in zip(made, invoke(pack, items, (len(made), *sizes), operands, like), strict=True):
             results[k] = result

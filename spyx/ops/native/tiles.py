@@ -1,8 +1,8 @@
 """Products of float32 on the matrix units of x86 processors (AMX), as accurate as fused multiply-adds.
 
 A float32 is exactly the sum of three bfloat16. Of the nine products of their parts the six largest are added up in
-float32, the smallest first; what is left out is below 2^-25 of the product. What is below 1e-38 counts as zero, and an
-infinite factor gives NaN.
+float32; what is left out is below 2^-25 of the product. Parts below 1e-38 count as zero; an infinite factor, or one
+above 3.39e38, gives NaN.
 
 A block is 16 rows of a left matrix or 16 columns of a right one, and `DEPTH` numbers of the inner axis of each: three
 tiles of 1 KB, one for each part. In a word lie two numbers of the inner axis, `HALF` apart. `NUMBERS` float32 have the
@@ -17,14 +17,17 @@ import ctypes
 import os
 import platform
 import sys
+from typing import Any
 
 from llvmlite import binding, ir
+from numba import config as _config
 from numba import types
 from numba.core import cgutils
 
 from .memory import intrinsic, llvm_function
 from .vectors import _fused, _get, _indices, _put, _spread
 
+config: Any = _config
 SIDE, DEPTH, HALF, PARTS = 16, 32, 16, 3
 NUMBERS = DEPTH * PARTS // 2
 TILE = 1024
@@ -45,7 +48,8 @@ def _permitted() -> bool:
     features = binding.get_host_cpu_features()
     if os.environ.get("SPYX_AMX") == "0" or not all(features.get(name) for name in ("avx512f", "amx-tile", "amx-bf16")):
         return False
-    if sys.platform != "linux" or platform.machine() != "x86_64":
+    chosen = config.CPU_NAME or config.CPU_FEATURES  # compiled for another processor
+    if chosen or sys.platform != "linux" or platform.machine() != "x86_64":
         return False
     return ctypes.CDLL(None).syscall(_REQUEST, _PERMISSION, _TILE_DATA) == 0
 
@@ -149,20 +153,17 @@ def _split(builder, across, turned, to, apart, x, stride, items, inner):
     local = cgutils.alloca_once(builder, _ROW_BITS, TILE * PARTS // 64) if turned else None
     place, gap = (builder.ptrtoint(local, _WORD), _WORD(TILE)) if turned else (to, apart)
 
-    def row(index, count):
-        return _get(builder, _ROW, builder.add(x, builder.mul(_WORD(4), builder.mul(index, stride))), count)
-
     with cgutils.for_range(builder, _WORD(SIDE) if across else items) as loop:
         if across:
             given = []
             for index in (loop.index, builder.add(loop.index, _WORD(HALF))):
-                there = builder.icmp_signed("<", index, inner)
-                given.append(row(index, builder.select(there, items, _WORD(0))))
+                count = builder.select(builder.icmp_signed("<", index, inner), items, _WORD(0))
+                given.append(_get(builder, _ROW, _at(builder, x, stride, index), count))
         else:
-            index = builder.add(x, _WORD(4 * HALF))
-            low = row(loop.index, inner)
-            offset = builder.mul(_WORD(4), builder.mul(loop.index, stride))
-            given = [low, _get(builder, _ROW, builder.add(index, offset), builder.sub(inner, _WORD(HALF)))]
+            given = [
+                _get(builder, _ROW, _at(builder, builder.add(x, _WORD(4 * k)), stride, loop.index), count)
+                for k, count in ((0, inner), (HALF, builder.sub(inner, _WORD(HALF))))
+            ]
         here = builder.add(place, builder.mul(_WORD(64), loop.index))
         for p, (low, high) in enumerate(zip(*(_parts(builder, value) for value in given), strict=True)):
             both = builder.or_(builder.lshr(low, ir.Constant(_ROW_BITS, [16] * SIDE)), high)
