@@ -7,7 +7,7 @@ matrix units (`tiles`), a panel has its blocks instead, and rows are arranged in
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +53,7 @@ _FLOAT, _WORD = ir.FloatType(), ir.IntType(64)
 
 def _tile(
     builder, most, lanes, paired,
-    to, to_stride, x, x_stride, x_step, rows, w, w_stride, inner, start, start_stride, start_step, count,
+    to, to_stride, x, x_stride, x_step, rows, w, w_stride, inner, start, start_stride, count, start_step=None,
 ):  # fmt: skip
     """Up to `most` rows of a product, the first `count` of `lanes` columns, plus the rows at `start`.
 
@@ -83,9 +83,11 @@ def _tile(
     if paired:
         parts = [_indices(range(k, k + lanes // 2)) for k in (0, lanes // 2)]
         halves = [[builder.shuffle_vector(result, result, indices) for indices in parts] for result in results]
-        sums = zip(halves, places, starts, strict=True)
         # all before the first is written: the last row may be there several times
-        results = [tiles.add_pair(builder, *values, start_step, count) for values in sums]
+        results = [
+            tiles.add_pair(builder, pair, place, scales, start_step, count)
+            for pair, place, scales in zip(halves, places, starts, strict=True)
+        ]
     for place, result in zip(places, results, strict=True):
         _put(builder, result.type, place, result, count)
 
@@ -97,7 +99,7 @@ def _product(most: int, lanes: int):
         if TILES:
             tiles.tile(builder, lanes, *arguments)
         else:
-            _tile(builder, most, lanes, False, *arguments[:-1], None, arguments[-1])
+            _tile(builder, most, lanes, False, *arguments)
 
     return llvm_function(f"spyx_tile_{most}_{lanes}", 12, write)
 
@@ -109,9 +111,9 @@ _pair = llvm_function("spyx_tile_pair", 13, lambda builder, *arguments: _tile(bu
 class Rows(NamedTuple):
     """Rows to be multiplied: an address, and numbers from one to the next and from one number to the next."""
 
-    address: int
-    stride: int
-    step: int
+    address: Any
+    stride: Any
+    step: Any
 
 
 @register_jitable
@@ -233,7 +235,7 @@ def add_scaled(to, to_stride, scale, scale_stride, x, rows, w, count, rising, in
                     last, place, beside, rest, apart, wide = made, here, of, n, another, width
                     made, free = free, made
                 else:
-                    _pair(here, a, there, x.stride, x.step, n, w, LANES, numbers, of, c, another, width)
+                    _pair(here, a, there, x.stride, x.step, n, w, LANES, numbers, of, c, width, another)
             w += 4 * numbers * LANES
     if rest > 0:
         pair_finish(last, place, a, rest, beside, c, apart, wide)
