@@ -17,6 +17,9 @@ KERNELS = HERE.parents[2] / "compat_torch" / "test_ltv_kernels.py"
 """Of the blocks whose kernels make matrix products."""
 
 
+without = pytest.mark.skipif(not TILES, reason="no matrix units are in use: all tests run without them")
+
+
 def run(*command, **environment):
     result = subprocess.run(
         [sys.executable, *command], env={**os.environ, **environment}, capture_output=True, text=True, timeout=900
@@ -31,10 +34,12 @@ def test_matrix_units_are_used_where_there_are_some():
     assert (there and os.environ.get("SPYX_AMX") != "0") == TILES
 
 
+@without
 def test_products_are_right_without_matrix_units():
     run("-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "test_native_products.py"), SPYX_AMX="0")
 
 
+@without
 @pytest.mark.full
 @pytest.mark.parametrize("file", [HERE / "test_native_diagonal.py", KERNELS])
 def test_kernels_are_right_without_matrix_units(file):
