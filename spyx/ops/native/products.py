@@ -35,7 +35,7 @@ from .tiles import (
     split_across_turned,
     split_turned,
 )
-from .vectors import _fused, _get, _indices, _put, _spread
+from .vectors import _at, _fused, _get, _indices, _put, _spread
 
 ROWS, LANES = (32, 32) if TILES else (12, 32) if binding.get_host_cpu_features().get("avx512f") else (6, 16)
 """Rows and columns at a time: their sums nearly fill the registers of the processor."""
@@ -67,17 +67,16 @@ def _tile(
     last = builder.sub(rows, _WORD(1))
     which = [builder.select(builder.icmp_signed("<", _WORD(i), last), _WORD(i), last) for i in range(most)]
 
-    def at(address, stride, index):
-        return builder.add(address, builder.mul(_WORD(4), builder.mul(stride, index)))
-
-    given = [at(x, x_stride, row) for row in which]
-    starts, places = [at(start, start_stride, row) for row in which], [at(to, to_stride, row) for row in which]
+    given, starts, places = (
+        [_at(builder, address, stride, row) for row in which]
+        for address, stride in ((x, x_stride), (start, start_stride), (to, to_stride))
+    )
     begin = [ir.Constant(kind, None) if paired else _get(builder, kind, address, count) for address in starts]
     sums = [cgutils.alloca_once_value(builder, value) for value in begin]
     with cgutils.for_range(builder, inner) as loop:
-        columns = _get(builder, kind, at(w, w_stride, loop.index), None)
+        columns = _get(builder, kind, _at(builder, w, w_stride, loop.index), None)
         for row, total in zip(given, sums, strict=True):
-            number = _spread(builder, kind, at(row, x_step, loop.index))
+            number = _spread(builder, kind, _at(builder, row, x_step, loop.index))
             builder.store(_fused(builder, number, columns, builder.load(total)), total)
     results = [builder.load(total) for total in sums]
     if paired:
@@ -243,37 +242,37 @@ def add_scaled(to, to_stride, scale, scale_stride, x, rows, w, count, rising, in
 
 
 @njit
-def pack_block(panel, lanes, k, first, x, k_step, step, inner, columns):
+def pack_block(panel, k, first, x, k_step, step, inner, columns):
     """Pack, into a panel, up to `DEPTH` rows from k on and `SIDE` columns from `first` on: multiples of these.
 
     They lie at `x`, `k_step` numbers from a row to the next, `step` from a column to the next; one of the two is 1.
     Behind the `columns` it may write 0.
     """
     if TILES:
-        to, apart = panel + TILE * (k // DEPTH * PARTS * (lanes // SIDE) + first // SIDE), TILE * (lanes // SIDE)
+        to, apart = panel + TILE * (k // DEPTH * PARTS * (LANES // SIDE) + first // SIDE), TILE * (LANES // SIDE)
         if step == 1:
             split_across(to, apart, x, k_step, columns, inner)
         else:
             split_turned(to, apart, x, step, min(columns, SIDE), inner)
     else:
         rows = min(DEPTH, inner)
-        out = floats(panel + 4 * (k * lanes + first), rows * lanes)
+        out = floats(panel + 4 * (k * LANES + first), rows * LANES)
         given = floats(x, rows * k_step + SIDE * step)
         for p in range(min(columns, SIDE)):
             for j in range(rows):
-                out[j * lanes + p] = given[j * k_step + p * step]
+                out[j * LANES + p] = given[j * k_step + p * step]
         for j in range(rows):
             for p in range(max(columns, 0), SIDE):
-                out[j * lanes + p] = 0
+                out[j * LANES + p] = 0
 
 
 @njit
-def pack_panel(to, lanes, x, k_step, step, inner, columns):
-    """Pack a panel of `lanes` columns, of which there are only `columns`."""
+def pack_panel(to, x, k_step, step, inner, columns):
+    """Pack a panel, of whose columns there are only `columns`."""
     for k in range(0, inner, DEPTH):
-        for first in range(0, lanes, SIDE):
+        for first in range(0, LANES, SIDE):
             there = x + 4 * (k * k_step + first * step)
-            pack_block(to, lanes, k, first, there, k_step, step, inner - k, columns - first)
+            pack_block(to, k, first, there, k_step, step, inner - k, columns - first)
 
 
 @njit
@@ -281,7 +280,7 @@ def pack_matrix(to, x, stride, inner, columns):
     """Pack a matrix (inner, columns) of which each row lies side by side."""
     for first in range(0, columns, LANES):
         here = to + 4 * first * depth(inner)
-        pack_panel(_n(here), _n(LANES), _n(x + 4 * first), _n(stride), _n(1), _n(inner), _n(columns - first))
+        pack_panel(_n(here), _n(x + 4 * first), _n(stride), _n(1), _n(inner), _n(columns - first))
 
 
 @kernel
@@ -300,7 +299,7 @@ def pack(item, buffers):
             first = item * LANES
             k_step, step = (1, inner) if turned else (columns, 1)
             to, given = at[1 + count + k] + 4 * first * depth(inner), at[1 + k] + 4 * first * step
-            pack_panel(_n(to), _n(LANES), _n(given), _n(k_step), _n(step), _n(inner), _n(columns - first))
+            pack_panel(_n(to), _n(given), _n(k_step), _n(step), _n(inner), _n(columns - first))
             return
         item -= panels
 

@@ -67,7 +67,7 @@ def _quadratic_panels(to, W, h, H, N, J):
                         sums[n] = given[n] + other[n]
                 else:
                     copy(place, W + 4 * (k * J + N + one * N + column), width)
-        pack_panel(to, LANES, panel.ctypes.data, LANES, 1, H - first, LANES)
+        pack_panel(to, panel.ctypes.data, LANES, 1, H - first, LANES)
         to += 4 * depth(H - first) * LANES
     panel[0] = 0  # numba frees an array after its last use
 
@@ -87,7 +87,7 @@ def _bilinear_blocks(to, W, k, column, H, N, J):
         panel = to + 4 * depth(H) * LANES * (pair * _parts(H, HALF) + column // HALF)
         for first in range(0, LANES, SIDE):
             there = made.ctypes.data + 4 * (pair * LANES + first)
-            pack_block(panel, LANES, k, first, there, stride, 1, H - k, LANES - first)
+            pack_block(panel, k, first, there, stride, 1, H - k, LANES - first)
     made[0] = 0  # as above
 
 
@@ -119,7 +119,7 @@ def _prepare(item, W_in, W_gate, W, packed, H, N):
         if item < _parts(columns, LANES):
             first = item * LANES
             place = packed[2 + m] + 4 * first * depth(H)
-            pack_panel(place, LANES, given + 4 * first, stride, 1, H, columns - first)
+            pack_panel(place, given + 4 * first, stride, 1, H, columns - first)
             return
         item -= _parts(columns, LANES)
 

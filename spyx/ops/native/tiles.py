@@ -25,7 +25,7 @@ from numba import types
 from numba.core import cgutils
 
 from .memory import intrinsic, llvm_function
-from .vectors import _fused, _get, _indices, _put, _spread
+from .vectors import _at, _fused, _get, _indices, _put, _spread
 
 config: Any = _config
 SIDE, DEPTH, HALF, PARTS = 16, 32, 16, 3
@@ -95,10 +95,6 @@ def end(_):
         return context.get_constant(types.intp, 0)
 
     return types.intp(), build
-
-
-def _at(builder, address, stride, index):
-    return builder.add(address, builder.mul(_WORD(4), builder.mul(stride, index)))
 
 
 def _parts(builder, value):

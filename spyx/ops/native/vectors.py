@@ -70,6 +70,11 @@ def _put(builder, kind, address, value, count):
     builder.call(f, [value, pointer, _INT(4), mask])
 
 
+def _at(builder, address, stride, index):
+    """The address of a row, `stride` numbers from one to the next."""
+    return builder.add(address, builder.mul(ir.IntType(64)(4), builder.mul(stride, index)))
+
+
 def _spread(builder, kind, address):
     """A vector of the number at an address."""
     one = builder.load(builder.inttoptr(address, _FLOAT.as_pointer()), align=4)

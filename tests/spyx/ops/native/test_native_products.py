@@ -28,7 +28,7 @@ from spyx.ops.native.products import (
     pack_matrix,
     packed,
     space,
-)  # fmt: skip
+)
 from spyx.ops.native.tiles import begin, end
 from spyx.ops.native.vectors import WIDTH, wide
 
