@@ -40,17 +40,15 @@ def forward(
     With `batch_first`, u and y are (B, T, .).
     """
     from .native import diagonal
-    from .native.memory import LINE
+    from .native.custom_call import invoke
     from .native.products import Turned, packed
 
     sizes = _sizes(u, A, V, D, h0, reset, valid, reverse, batch_first)
     items = _items(*sizes[:2])
-    done = jnp.zeros((len(h0), LINE), jnp.int32)
     matrices = packed(Turned(_rows(_whole(W, h0))), _rows(V), *_matrix(D, Turned))
-    operands = u, _of_kind(A, h0), *matrices, *_vector(D), h0, *_masks(valid, reset), done
+    operands = u, _of_kind(A, h0), *matrices, *_vector(D), h0, *_masks(valid, reset)
     shapes = (*u.shape[:2], V.shape[-1]), h0.shape, (items // len(h0), *h0.shape)
-    y, h, before, _ = _invoke(diagonal.forward, items, (*sizes, 0), operands, shapes, [done])
-    return y, h, before
+    return invoke(diagonal.forward, items, (*sizes, 0), operands, tuple(map(_like, shapes)), counters=len(h0))
 
 
 def adjoint(u, A, W, V, D, h0, reset, valid, before, dy, dh, *, reverse: bool = False, batch_first: bool = False):
@@ -60,7 +58,7 @@ def adjoint(u, A, W, V, D, h0, reset, valid, before, dy, dh, *, reverse: bool = 
     part and of an imaginary one are numbers of their own.
     """
     from .native import diagonal
-    from .native.memory import LINE
+    from .native.custom_call import invoke
     from .native.products import Turned, packed
 
     sizes = _sizes(u, A, V, D, h0, reset, valid, reverse, batch_first)
@@ -69,13 +67,10 @@ def adjoint(u, A, W, V, D, h0, reset, valid, before, dy, dh, *, reverse: bool = 
     totals = (P * N,), W.shape, V.shape, (1,) if D is None else D.shape
     few = max(_FEWEST_SUMS, _SUMS_BYTES // (4 * sum(map(math.prod, totals))))
     sums = min(items, few, _MOST_SUMS)
-    zeros = [
-        *(jnp.zeros((count, LINE), jnp.int32) for count in (rows, sums)),
-        *(jnp.zeros((sums, *shape), jnp.float32) for shape in totals),
-    ]
     matrices = packed(Turned(W), W, Turned(V), *_matrix(D))
-    operands = u, _of_kind(A, h0), *matrices, *_vector(D), before, *_masks(valid, reset), dy, dh, *zeros
-    du, dh0, _, _, *found = _invoke(diagonal.adjoint, items, (*sizes, sums), operands, (u.shape, h0.shape), zeros)
+    operands = u, _of_kind(A, h0), *matrices, *_vector(D), before, *_masks(valid, reset), dy, dh
+    results = [_like(shape) for shape in (u.shape, h0.shape, *((sums, *shape) for shape in totals))]
+    du, dh0, *found = invoke(diagonal.adjoint, items, (*sizes, sums), operands, results, counters=rows + sums)
     dA, dW, dV, dD = (jnp.sum(part, 0) for part in found)
     dW, dV = (matrix.reshape(-1, N, matrix.shape[-1]) for matrix in (dW, dV))
     return du, dA.reshape(P, N), dW[:parts], dV, None if D is None else dD, dh0
@@ -121,12 +116,5 @@ def _sizes(u, A, V, D, h0, reset, valid, reverse, batch_first) -> tuple[int, ...
     return T, B, H, V.shape[-1], N, V.shape[0] * N, *kinds, *mask_rows, STEPS, *((T, 1) if batch_first else (1, B))
 
 
-def _invoke(number: int, items: int, sizes, operands, shapes, zeros):
-    """The results of these shapes, and those in the place of the last operands, `zeros`."""
-    from .native.custom_call import invoke
-
-    results = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-    results += [jax.ShapeDtypeStruct(zero.shape, zero.dtype) for zero in zeros]
-    first_zero, first_result = len(operands) + 1 - len(zeros), len(shapes)
-    aliases = {first_zero + k: first_result + k for k in range(len(zeros))}
-    return invoke(number, items, sizes, operands, results, aliases)
+def _like(shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.float32)

@@ -38,7 +38,6 @@ def forward(
     """
     from .native import mamba
     from .native.custom_call import invoke
-    from .native.memory import LINE
     from .native.products import packed
     from .native.selective import WIDTH
 
@@ -48,15 +47,14 @@ def forward(
     halves = [(both[:, part], None if bias is None else bias[part]) for part in (slice(P), slice(P, None))]
     matrices = packed(*(matrix for matrix, _ in (*halves, *others)))
     affine = [v for pair in zip(matrices, biases_of((*halves, *others)), strict=True) for v in pair]
-    done = jnp.zeros((B, 1 + -(-P // WIDTH), LINE), jnp.int32)
     operands = (
         jnp.swapaxes(x, 0, 1), jnp.full((B,), T, jnp.int32) if lengths is None else lengths.astype(jnp.int32),
         taps, *biases_of([(taps, conv_bias)]), *affine, A.T, D, jnp.full((1,), norm_eps or 0, jnp.float32),
-        jnp.swapaxes(conv_state, 1, 2), jnp.swapaxes(h, 1, 2), done,
+        jnp.swapaxes(conv_state, 1, 2), jnp.swapaxes(h, 1, 2),
     )  # fmt: skip
     results = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((B, T, H), (B, K, P), (B, N, P))]
-    results.append(jax.ShapeDtypeStruct(done.shape, done.dtype))
     rank = others[1][0].shape[0]
     sizes = T, B, H, P, N, K, rank, _STEPS, norm_eps is not None
-    y, conv_state, h, _ = invoke(mamba.forward, B * -(-T // _STEPS), sizes, operands, results, {len(operands): 3})
+    counters = B * (1 + -(-P // WIDTH))
+    y, conv_state, h = invoke(mamba.forward, B * -(-T // _STEPS), sizes, operands, results, counters)
     return jnp.swapaxes(y, 0, 1), jnp.swapaxes(conv_state, 1, 2), jnp.swapaxes(h, 1, 2)

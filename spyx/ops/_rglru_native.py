@@ -34,21 +34,18 @@ def forward(
     """
     from .native import rglru
     from .native.custom_call import invoke
-    from .native.memory import LINE
     from .native.products import STEPS, packed
 
     (T, B, H), (K, D) = x.shape, taps.shape
     conv_state, h = before or (jnp.zeros((B, D, K), x.dtype), jnp.zeros((B, D), x.dtype))
     matrices = packed(*(matrix for matrix, _ in projections))
     affine = [v for pair in zip(matrices, biases_of(projections), strict=True) for v in pair]
-    done = jnp.zeros((B, LINE), jnp.int32)
     operands = (
         jnp.swapaxes(x, 0, 1), jnp.full((B,), T, jnp.int32) if lengths is None else lengths.astype(jnp.int32), *affine,
         taps, *biases_of([(taps, conv_bias)]), a_log, jnp.full((1,), c, jnp.float32),
-        jnp.swapaxes(conv_state, 1, 2), h, done,
+        jnp.swapaxes(conv_state, 1, 2), h,
     )  # fmt: skip
     results = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((B, T, H), (B, K, D), (B, D))]
-    results.append(jax.ShapeDtypeStruct(done.shape, done.dtype))
     items = B * -(-T // STEPS)
-    y, conv_state, h, _ = invoke(rglru.forward, items, (T, B, H, D, K, STEPS), operands, results, {len(operands): 3})
+    y, conv_state, h = invoke(rglru.forward, items, (T, B, H, D, K, STEPS), operands, results, counters=B)
     return jnp.swapaxes(y, 0, 1), jnp.swapaxes(conv_state, 1, 2), h

@@ -34,20 +34,17 @@ def forward(
     """
     from .native import s7
     from .native.custom_call import invoke
-    from .native.memory import LINE
     from .native.products import STEPS
 
-    def like(*shape, dtype=jnp.float32):
-        return jax.ShapeDtypeStruct(shape, dtype)
+    def like(*shape):
+        return jax.ShapeDtypeStruct(shape, jnp.float32)
 
     (T, B, H), N = x.shape, base.shape[0]
-    sizes = T, B, H, N, STEPS
-    done = jnp.zeros((1 + B, LINE), jnp.int32)
     operands = (
         jnp.swapaxes(x, 0, 1), jnp.full((B,), T, jnp.int32) if lengths is None else lengths.astype(jnp.int32), base,
-        W_in, W_gate, W, jnp.zeros((B, N), x.dtype) if h0 is None else h0, done,
+        W_in, W_gate, W, jnp.zeros((B, N), x.dtype) if h0 is None else h0,
     )  # fmt: skip
-    results = [like(B, T, H), like(B, N), like(*done.shape, dtype=done.dtype), *(like(n) for n in s7.sizes(H, N))]
-    items = s7.items(H, N) + -(-T // STEPS) * B
-    y, h, *_ = invoke(s7.forward, items, sizes, operands, results, {len(operands): 2})
+    results = [like(B, T, H), like(B, N), *(like(n) for n in s7.sizes(H, N))]
+    items = s7.items(T, B, H, N, STEPS)
+    y, h, *_ = invoke(s7.forward, items, (T, B, H, N, STEPS), operands, results, counters=3 + B)
     return jnp.swapaxes(y, 0, 1), h

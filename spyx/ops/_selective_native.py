@@ -38,11 +38,9 @@ def backward_blocked(o: Options, steps: Steps, weights: Weights, masks: Masks, s
     operands, sizes = _operands(o, steps, weights, masks, dh.shape)
     wide = [(1,) if v is None else v.shape for v in steps]
     per_row = [dh.shape, (E, P), (E, P), dh.shape]
-    done = jnp.zeros((E * blocks, 2), jnp.int32)
-    operands = (*operands, starts, dy.astype(jnp.float32), dh, done)
-    results = [*map(_like, (*wide, *per_row)), jax.ShapeDtypeStruct(done.shape, done.dtype)]
-    *cotangents, dA, dD, dbias, dh0, _ = invoke(
-        selective.backward[_which(o, steps)], E * blocks, sizes, operands, results, {len(operands): len(results) - 1}
+    operands, results = (*operands, starts, dy.astype(jnp.float32), dh), [*map(_like, (*wide, *per_row))]
+    *cotangents, dA, dD, dbias, dh0 = invoke(
+        selective.backward[_which(o, steps)], E * blocks, sizes, operands, results, counters=E * blocks
     )
 
     def over_rows(d, like):

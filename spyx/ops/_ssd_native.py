@@ -32,19 +32,14 @@ def backward(o: Options, values: Values, reset: Array | None, cotangents: tuple[
     """Cotangents of the values from those of `(y, last state)`; the states are computed anew, not kept."""
     from .native import ssd
     from .native.custom_call import invoke
-    from .native.memory import LINE
 
     operands, sizes, items = _operands(o, values, reset)
     x, dt, _, b, c, _, h0 = operands
     dy, dh = (v.astype(jnp.float32) for v in cotangents)
     E = h0.shape[0]
-    done = jnp.zeros((E, items // E, LINE), jnp.int32)
-    operands = (*operands, dy.reshape(x.shape), _by_rows(dh, values), done)
+    operands = (*operands, dy.reshape(x.shape), _by_rows(dh, values))
     shapes = x.shape, dt.shape, (E, items // E, dt.shape[2]), b.shape, c.shape, h0.shape
-    results = [*map(_like, shapes), jax.ShapeDtypeStruct(done.shape, done.dtype)]
-    dx, ddt, dA, db, dc, dh0, _ = invoke(
-        ssd.backward, items, sizes, operands, results, {len(operands): len(results) - 1}
-    )
+    dx, ddt, dA, db, dc, dh0 = invoke(ssd.backward, items, sizes, operands, [*map(_like, shapes)], counters=items)
     dA = dA.sum(1).reshape(-1, values.A.size).sum(0)
     found = Values(dx, ddt, dA, db, dc, _from_rows(dh0, values))
     return Values(*(d.reshape(v.shape).astype(v.dtype) for d, v in zip(found, values, strict=True)))

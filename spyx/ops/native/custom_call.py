@@ -15,7 +15,7 @@ import math
 import os
 import threading
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from numba import cfunc, njit, types
 from numba import config as _config
 
 from ..._collector import paused
-from .memory import add, address_of, call, call_with_two, ints, symbol, wait_for, words
+from .memory import LINE, add, address_of, call, call_with_two, clear, ints, piece, symbol, wait_for, words
 from .tiles import TILES
 
 _TARGET = "spyx_native"
@@ -85,9 +85,10 @@ def kernel(function: Callable[[int, int], None]) -> int:
     """The number, for `invoke`, of `function(item, buffers)`, which does one of the independent items of a call.
 
     It is compiled when first invoked and runs in many threads at once, without the GIL. `buffers` is the address of a
-    row of words: the addresses of the operands, then of the results. The first operand is int32: the number
-    of the kernel (or its complement), that of the items, and the sizes given to `invoke`. The address of a local array
-    is good until its last use as an array: numba frees it there.
+    row of words: the addresses of the operands, of the counters if there are any, then of the results. The first
+    operand is int32: the number of the kernel (or its complement), that of the items, that of the counters, and the
+    sizes given to `invoke`. Counters are words, 0 before the first item, each on a cache line (`LINE`) of its own. The
+    address of a local array is good until its last use as an array: numba frees it there.
     """
     name = f"{function.__module__}.{function.__qualname__}"
     number = zlib.crc32(name.encode()) % _SLOTS
@@ -102,23 +103,17 @@ def invoke(
     sizes: Sequence[int],
     operands: Sequence[jax.Array],
     results: Any,
-    aliases: Mapping[int, int] | None = None,
+    counters: int = 0,
 ) -> Any:
-    """The results, a pytree of `jax.ShapeDtypeStruct`, of a kernel over `operands`, to be lowered for CPU.
-
-    `aliases` says which operand (from 1) lends its place to which result (from 0).
-    """
+    """The results, a pytree of `jax.ShapeDtypeStruct`, of a kernel over `operands`, to be lowered for CPU."""
     with _lock:
         _register()
         if number not in _compiled:
             _compiled[number] = _compile(_functions[number], types.void(types.intp, types.intp))
             _kernels[number] = _compiled[number].address
     numbers = sum(math.prod(v.shape) for v in (*operands, *jax.tree.leaves(results)))
-    table = np.array([number if numbers > _LITTLE else ~number, items, *sizes], np.int32)
-    call = jax.ffi.ffi_call(
-        _TARGET, results, vmap_method="sequential", input_output_aliases=dict(aliases or {})
-    )  # fmt: skip
-    return call(table, *operands)
+    table = np.array([number if numbers > _LITTLE else ~number, items, counters, *sizes], np.int32)
+    return jax.ffi.ffi_call(_TARGET, results, vmap_method="sequential")(table, *operands)
 
 
 @njit
@@ -171,12 +166,17 @@ def _handler(frame_address):
     if frame[4] & 0xFFFFFFFF != _EXECUTE:
         return 0
     api, context, operands, results = words(frame[2], 19), frame[3], frame[7], frame[12]
-    shared = call(_malloc_address(), 8 * (_BUFFERS + operands + results))
+    table = ints(words(words(frame[9], 1)[0], 4)[3], 3)
+    number, items, counters = table[0], table[1], table[2]
+    shared = call(_malloc_address(), 8 * (_BUFFERS + operands + 1 + results) + 4 * LINE * (counters + 1))
     state = words(shared, _BUFFERS)
+    others = shared + 8 * (_BUFFERS + operands)
     _collect(operands, frame[9], shared + 8 * _BUFFERS)
-    _collect(results, frame[14], shared + 8 * (_BUFFERS + operands))
-    table = ints(words(shared + 8 * _BUFFERS, 1)[0], 2)
-    number, items = table[0], table[1]
+    if counters > 0:
+        words(others, 1)[0] = piece(others + 8 * (1 + results), 0)[0]
+        clear(words(others, 1)[0], LINE * counters)
+        others += 8
+    _collect(results, frame[14], others)
     alone = number < 0 or items < 2
     state[_NEXT], state[_DONE], state[_ITEMS] = 0, 0, items
     state[_KERNEL] = words(_kernels_address(), _SLOTS)[~number if number < 0 else number]

@@ -17,10 +17,10 @@ from .products import LANES, add_product, arranged, depth, multiply, pack_matrix
 from .recurrence import advance, retreat
 from .tiles import begin, end
 
-# The table, after the kernel's number and the number of items.
-_T, _B, _H, _K, _N, _R, _COMPLEX, _VARYING, _D_AXES, _REVERSE = range(2, 12)
-_VALID_ROWS, _RESET_ROWS, _STEPS, _ROWS_APART, _STEPS_APART, _SUMS = range(12, 18)
-SIZES = 18
+# The table, after what `invoke` writes itself.
+_T, _B, _H, _K, _N, _R, _COMPLEX, _VARYING, _D_AXES, _REVERSE = range(3, 13)
+_VALID_ROWS, _RESET_ROWS, _STEPS, _ROWS_APART, _STEPS_APART, _SUMS = range(13, 19)
+SIZES = 19
 
 
 @njit
@@ -110,12 +110,11 @@ def _clean(to, rows, stride, first, steps, row, columns, table, valid):
 
 @kernel
 def forward(item, buffers):
-    """Operands: table, u, A, W, V, D or its transpose, h, valid, reset, zeros (B, LINE).
-
-    Results: y, the last h, h before every item (., B, S), and in the place of the zeros what each row has done.
+    """Operands: table, u, A, W, V, D or its transpose, h, valid, reset. Counters: what each row has done.
+    Results: y, the last h, h before every item (., B, S).
     """
     begin()
-    at = words(buffers, 14)
+    at = words(buffers, 13)
     table = ints(at[0], SIZES)
     T, B, H, K = table[_T], table[_B], table[_H], table[_K]
     S = table[_N] * (2 if table[_COMPLEX] else 1)
@@ -135,12 +134,12 @@ def forward(item, buffers):
     inputs = arranged(side, u, apart * H, 1, steps, H)
     multiply(states, pitch, inputs, steps, at[3], H, S, zero)
 
-    wait_for(at[13] + 4 * LINE * row, number)
+    wait_for(at[9] + 4 * LINE * row, number)
     copy(h, shared if number else at[6] + 4 * row * S, S)
     copy(at[12] + 4 * (place * B + row) * S, h, S)
     _recur(states, state, at[2], first, steps, row, table, valid, reset)
     copy(shared, h, S)
-    add(at[13] + 4 * LINE * row, 1)
+    add(at[9] + 4 * LINE * row, 1)
 
     rows = arranged(other, states, pitch, 1, steps, table[_R])
     multiply(y, apart * K, rows, steps, at[4], table[_R], K, zero)
@@ -161,13 +160,12 @@ def forward(item, buffers):
 @kernel
 def adjoint(item, buffers):
     """Operands: table, u, A (N, P), W, its transpose, that of V, D, h before every item, valid, reset, dy, dh of the
-    last step, and zeros in the place of the last results.
+    last step. Counters: what each row has done, how many items each sum has.
 
-    Results: du, dh0; what each row has done (B, LINE), how many items each sum has (SUMS, LINE), and the SUMS, each of
-    every SUMS-th item: of dA (S), dW (S, H), dV (R, K), dD.
+    Results: du, dh0, and SUMS sums, each of every SUMS-th item: of dA (S), dW (S, H), dV (R, K), dD.
     """
     begin()
-    at = words(buffers, 26)
+    at = words(buffers, 19)
     table = ints(at[0], SIZES)
     T, B, H, K, R = table[_T], table[_B], table[_H], table[_K], table[_R]
     S = table[_N] * (2 if table[_COMPLEX] else 1)
@@ -204,14 +202,14 @@ def adjoint(item, buffers):
         clear(cotangents + 4 * (j * pitch + R), S - R)
     multiply(cotangents, pitch, arranged(side, dys, K, 1, steps, K), steps, at[5], K, R, zero)
 
-    shared = at[19] + 4 * row * S
-    wait_for(at[20] + 4 * LINE * row, number)
+    shared = at[14] + 4 * row * S
+    wait_for(at[12] + 4 * LINE * row, number)
     copy(g, shared if number else at[11] + 4 * row * S, S)
     _recur_back(cotangents, carry, slopes, states, at[2], first, steps, row, table, valid, reset)
     copy(shared, g, S)
-    add(at[20] + 4 * LINE * row, 1)
+    add(at[12] + 4 * LINE * row, 1)
 
-    du = at[18] + 4 * here * H
+    du = at[13] + 4 * here * H
     multiply(du, apart * H, arranged(side, cotangents, pitch, 1, steps, S), steps, at[4], S, H, zero)
     if table[_D_AXES] == 2:
         add_product(du, apart * H, arranged(side, dys, K, 1, steps, K), steps, at[6], K, H)
@@ -223,23 +221,30 @@ def adjoint(item, buffers):
                 out[p] += D[p] * given[p]
 
     # sums are added to in the order of items, whichever thread comes first
-    which = item % table[_SUMS]
-    wait_for(at[21] + 4 * LINE * which, item // table[_SUMS])
-    total = floats(at[22] + 4 * which * S, S)
+    which, many = item % table[_SUMS], K * H if table[_D_AXES] == 2 else H * table[_D_AXES]
+    added = at[12] + 4 * LINE * (B + which)
+    of_A, of_W, of_V = at[15] + 4 * which * S, at[16] + 4 * which * S * H, at[17] + 4 * which * R * K
+    of_D, total = at[18] + 4 * which * many, floats(of_A, S)
+    wait_for(added, item // table[_SUMS])
+    if item == which:
+        clear(of_A, S)
+        clear(of_W, S * H)
+        clear(of_V, R * K)
+        clear(of_D, many)
     for p in range(S):
         total[p] += slopes[p]
     pack_matrix(packed, us, H, steps, H)
-    add_product(at[23] + 4 * which * S * H, H, arranged(side, cotangents, 1, pitch, S, steps), S, packed, steps, H)
+    add_product(of_W, H, arranged(side, cotangents, 1, pitch, S, steps), S, packed, steps, H)
     if table[_D_AXES] == 2:
-        add_product(at[25] + 4 * which * K * H, H, arranged(side, dys, 1, K, K, steps), K, packed, steps, H)
+        add_product(of_D, H, arranged(side, dys, 1, K, K, steps), K, packed, steps, H)
     elif table[_D_AXES] == 1:
-        through = floats(at[25] + 4 * which * H, H)
+        through = floats(of_D, H)
         for j in range(steps):
             u, dy = floats(us + 4 * j * H, H), floats(dys + 4 * j * H, H)
             for p in range(H):
                 through[p] += u[p] * dy[p]
     pack_matrix(packed, dys, K, steps, K)
-    add_product(at[24] + 4 * which * R * K, K, arranged(side, states, 1, pitch, R, steps), R, packed, steps, K)
-    add(at[21] + 4 * LINE * which, 1)
+    add_product(of_V, K, arranged(side, states, 1, pitch, R, steps), R, packed, steps, K)
+    add(added, 1)
     end()
     memory[0] = 0  # as above

@@ -33,9 +33,9 @@ class Kind(IntEnum):
 
 _REAL, _PLANAR, _INTERLEAVED = (int(k) for k in Kind)
 
-# The sizes that follow the kernel's number and the number of items.
-_T, _M, _F, _K, _COMPLEX, _X_KIND, _A_KIND, _H_KIND, _VARYING, _REVERSE, _VALID_ROWS, _RESET_ROWS = range(2, 14)
-SIZES = 14
+# The table, after what `custom_call.invoke` writes itself.
+_T, _M, _F, _K, _COMPLEX, _X_KIND, _A_KIND, _H_KIND, _VARYING, _REVERSE, _VALID_ROWS, _RESET_ROWS = range(3, 15)
+SIZES = 15
 _MIN_COLUMNS = 16
 """Rows with fewer values XLA computes faster, as it computes many at a time."""
 

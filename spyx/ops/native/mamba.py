@@ -20,9 +20,9 @@ from .selective import WIDTH, advance
 from .tiles import begin, end
 from .vectors import wide
 
-# The table, after the kernel's number and the number of items.
-_T, _B, _H, _D, _N, _K, _R, _STEPS, _NORMS = range(2, 11)
-_SIZES = 11
+# The table, after what `invoke` writes itself.
+_T, _B, _H, _D, _N, _K, _R, _STEPS, _NORMS = range(3, 12)
+_SIZES = 12
 
 
 @njit
@@ -74,12 +74,12 @@ def _scan(us, zs, dts, made, steps, h, A, skip, table, first, width):
 @kernel
 def forward(item, buffers):
     """Operands: table, x, lengths, taps, bias of the convolution, matrices and biases: that makes u of x, z of x,
-    (r, B, C) of u, dt of r, the output; A, D, epsilon of the norms, conv_state, h, zeros (B, 1 + blocks, LINE).
-    Results: y, conv_state, h, and in the place of the zeros what each row has done.
+    (r, B, C) of u, dt of r, the output; A, D, epsilon of the norms, conv_state, h. Counters: what each row and
+    what each of its blocks has done. Results: y, conv_state, h.
     """
     wide()
     begin()
-    at = words(buffers, 25)
+    at = words(buffers, 24)
     table = ints(at[0], _SIZES)
     T, B, H, D, N, K, R = table[_T], table[_B], table[_H], table[_D], table[_N], table[_K], table[_R]
     number, row, blocks = item // B, item % B, (D + WIDTH - 1) // WIDTH
@@ -99,7 +99,7 @@ def forward(item, buffers):
     multiply(taken + 4 * K * D, D, rows, steps, at[5], H, D, at[6])
     multiply(z, D, rows, steps, at[7], H, D, at[8])
 
-    done, shared = at[24] + 4 * LINE * row * (1 + blocks), at[22] + 4 * row * K * D
+    done, shared = at[20] + 4 * LINE * row * (1 + blocks), at[22] + 4 * row * K * D
     wait_for(done, number)
     copy(taken, shared if number else at[18] + 4 * row * K * D, K * D)
     copy(shared, taken + 4 * steps * D, K * D)

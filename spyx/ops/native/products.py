@@ -200,24 +200,24 @@ def add_product(to, to_stride, x, rows, w, inner, columns):
 
 @register_jitable
 def first_of(pair, rising):
-    """The first inner number of a pair of matrices: with `rising`, those of g have nothing before g."""
-    return 2 * pair // BLOCK * BLOCK if rising else 0
+    """The first inner number of a pair of matrices: with `rising`, those of g have nothing before g.
+
+    Nor, in the second half of a block, before its end.
+    """
+    return (2 * pair + BLOCK // 2) // BLOCK * BLOCK if rising else 0
 
 
 @njit
-def add_scaled(to, to_stride, scale, scale_stride, x, rows, w, count, rising, inner, columns):
-    """Add products with `count` matrices, each row of each times a number of its own, to the rows at `to`.
-
-    The numbers of a row lie side by side. At `w` lie panels: for every two matrices, and then for every `HALF`
-    columns, those of the one before those of the other, from `first_of` on.
-    """
+def _add_scaled(to, to_stride, scale, scale_stride, x, rows, w, count, rising, inner, columns):
     memory = np.empty(2 * ROWS * LANES + LINE if TILES else 1, np.float32)
     made, a, c = _n(piece(memory.ctypes.data, 0)[0]), _n(to_stride), _n(scale_stride)
     free = made + 4 * ROWS * LANES
     # matrix units make a product while what they made before is brought to its place
     last, place, beside, rest, apart, wide = made, made, made, _n(0), _n(0), _n(0)
     for g in range(0, count, 2):
-        another, numbers = _n(1 if g + 1 < count else 0), _n(depth(inner - first_of(g // 2, rising)))
+        another, numbers = _n(1 if g + 1 < count else 0), _n(depth(max(inner - first_of(g // 2, rising), 0)))
+        if numbers == 0:
+            continue
         of_x = behind(x, first_of(g // 2, rising)).address
         for column in range(0, columns, HALF):
             width = _n(min(HALF, columns - column))
@@ -225,7 +225,7 @@ def add_scaled(to, to_stride, scale, scale_stride, x, rows, w, count, rising, in
                 here, of = _n(to + 4 * (row * a + column)), _n(scale + 4 * (row * c + g))
                 there, n = _n(of_x + 4 * row * x.stride), _n(rows - row)
                 if TILES:
-                    if rest >= ROWS and wide == HALF and n > SIDE and numbers > 0:
+                    if rest >= ROWS and wide == HALF and n > SIDE:
                         pair_and_finish(made, there, x.stride, w, numbers, last, place, a, beside, c, apart)
                     else:
                         if rest > 0:
@@ -241,13 +241,18 @@ def add_scaled(to, to_stride, scale, scale_stride, x, rows, w, count, rising, in
     memory[0] = 0  # numba frees an array after its last use
 
 
-@njit
-def pack_block(panel, k, first, x, k_step, step, inner, columns):
-    """Pack, into a panel, up to `DEPTH` rows from k on and `SIDE` columns from `first` on: multiples of these.
+@register_jitable
+def add_scaled(to, to_stride, scale, scale_stride, x, rows, w, count, rising, inner, columns):
+    """Add products with `count` matrices, each row of each times a number of its own, to the rows at `to`.
 
-    They lie at `x`, `k_step` numbers from a row to the next, `step` from a column to the next; one of the two is 1.
-    Behind the `columns` it may write 0.
+    The numbers of a row lie side by side. At `w` lie panels: for every two matrices, and then for every `HALF`
+    columns, those of the one before those of the other, from `first_of` on.
     """
+    _add_scaled(to, to_stride, scale, scale_stride, x, rows, w, count, _n(rising), inner, columns)
+
+
+@njit
+def _pack_block(panel, k, first, x, k_step, step, inner, columns):
     if TILES:
         to, apart = panel + TILE * (k // DEPTH * PARTS * (LANES // SIDE) + first // SIDE), TILE * (LANES // SIDE)
         if step == 1:
@@ -266,13 +271,29 @@ def pack_block(panel, k, first, x, k_step, step, inner, columns):
                 out[j * LANES + p] = 0
 
 
+@register_jitable
+def pack_block(panel, k, first, x, k_step, step, inner, columns):
+    """Pack, into a panel, up to `DEPTH` rows from k on and `SIDE` columns from `first` on: multiples of these.
+
+    They lie at `x`, `k_step` numbers from a row to the next, `step` from a column to the next; one of the two is 1.
+    Behind the `columns` it may write 0.
+    """
+    _pack_block(_n(panel), _n(k), _n(first), _n(x), _n(k_step), _n(step), _n(inner), _n(columns))
+
+
 @njit
-def pack_panel(to, x, k_step, step, inner, columns):
-    """Pack a panel, of whose columns there are only `columns`."""
+def _pack_panel(to, x, k_step, step, inner, columns):
     for k in range(0, inner, DEPTH):
-        for first in range(0, LANES, SIDE):
+        # what is behind the half that holds the last column is not read
+        for first in range(0, min(columns, LANES), SIDE):
             there = x + 4 * (k * k_step + first * step)
             pack_block(to, k, first, there, k_step, step, inner - k, columns - first)
+
+
+@register_jitable
+def pack_panel(to, x, k_step, step, inner, columns):
+    """Pack a panel, of whose columns there are only `columns`."""
+    _pack_panel(_n(to), _n(x), _n(k_step), _n(step), _n(inner), _n(columns))
 
 
 @njit
@@ -280,7 +301,7 @@ def pack_matrix(to, x, stride, inner, columns):
     """Pack a matrix (inner, columns) of which each row lies side by side."""
     for first in range(0, columns, LANES):
         here = to + 4 * first * depth(inner)
-        pack_panel(_n(here), _n(x + 4 * first), _n(stride), _n(1), _n(inner), _n(columns - first))
+        pack_panel(here, x + 4 * first, stride, 1, inner, columns - first)
 
 
 @kernel
@@ -290,16 +311,16 @@ def pack(item, buffers):
     An item is a panel.
     """
     at = words(buffers, 1)
-    count = ints(at[0], 3)[2]
-    at, sizes = words(buffers, 1 + 2 * count), ints(at[0], 3 + 3 * count)
+    count = ints(at[0], 4)[3]
+    at, sizes = words(buffers, 1 + 2 * count), ints(at[0], 4 + 3 * count)
     for k in range(count):
-        inner, columns, turned = sizes[3 + 3 * k], sizes[4 + 3 * k], sizes[5 + 3 * k]
+        inner, columns, turned = sizes[4 + 3 * k], sizes[5 + 3 * k], sizes[6 + 3 * k]
         panels = (columns + LANES - 1) // LANES
         if item < panels:
             first = item * LANES
             k_step, step = (1, inner) if turned else (columns, 1)
             to, given = at[1 + count + k] + 4 * first * depth(inner), at[1 + k] + 4 * first * step
-            pack_panel(_n(to), _n(given), _n(k_step), _n(step), _n(inner), _n(columns - first))
+            pack_panel(to, given, k_step, step, inner, columns - first)
             return
         item -= panels
 

@@ -22,9 +22,9 @@ from .vectors import WIDTH, put, take, wide
 _f = np.float32
 _TINY = np.finfo(np.float32).tiny
 
-# The table, after the kernel's number and the number of items.
-_T, _B, _H, _D, _K, _STEPS = range(2, 8)
-_SIZES = 8
+# The table, after what `invoke` writes itself.
+_T, _B, _H, _D, _K, _STEPS = range(3, 9)
+_SIZES = 9
 
 
 @njit
@@ -42,12 +42,11 @@ def _recur(to, decays, h, steps, D):
 @kernel
 def forward(item, buffers):
     """Operands: table, x, lengths, matrices and biases of gate, input, recurrent gate, input gate and output, taps,
-    bias of the convolution, a_log, c, conv_state, h, zeros (B, LINE). Results: y, conv_state, h, and in the place of
-    the zeros what each row has done.
+    bias of the convolution, a_log, c, conv_state, h. Counters: what each row has done. Results: y, conv_state, h.
     """
     wide()
     begin()
-    at = words(buffers, 24)
+    at = words(buffers, 23)
     table = ints(at[0], _SIZES)
     T, B, H, D, K = table[_T], table[_B], table[_H], table[_D], table[_K]
     number, row = item // B, item % B
@@ -74,7 +73,7 @@ def forward(item, buffers):
     for j in range(1, steps):
         copy(rate + 4 * j * D, rate, D)
 
-    done, shared = at[23] + 4 * LINE * row, at[21] + 4 * row * K * D
+    done, shared = at[19] + 4 * LINE * row, at[21] + 4 * row * K * D
     wait_for(done, number)
     copy(taken, shared if number else at[17] + 4 * row * K * D, K * D)
     copy(shared, taken + 4 * steps * D, K * D)

@@ -21,7 +21,7 @@ from numba import njit
 from .activations import sigmoid, softplus
 from .custom_call import kernel
 from .discretize import BILINEAR, KINDS, MAMBA, ZOH, common, decay, decay_slope, gain_slopes, rate, respond
-from .memory import add, clear, copy, flags, floats, ints, prefetch, wait_for, words
+from .memory import LINE, add, clear, copy, flags, floats, ints, prefetch, wait_for, words
 from .vectors import wide
 
 WIDTH = 64
@@ -31,10 +31,10 @@ _GROUP = 8
 """Steps after which an item tells the next one how far it has come."""
 _one = np.float32(1)
 
-# The table, after the kernel's number and the number of items.
-_T, _E, _P, _N, _K, _S, _G, _A_ROWS, _REVERSE, _SOFTPLUS = range(2, 12)
-_HAS_D, _HAS_BIAS, _HAS_Z, _VALID_ROWS, _RESET_ROWS = range(12, 17)
-_SIZES = 17
+# The table, after what `invoke` writes itself.
+_T, _E, _P, _N, _K, _S, _G, _A_ROWS, _REVERSE, _SOFTPLUS = range(3, 13)
+_HAS_D, _HAS_BIAS, _HAS_Z, _VALID_ROWS, _RESET_ROWS = range(13, 18)
+_SIZES = 18
 
 
 @njit
@@ -186,19 +186,19 @@ def _backward(kind: int, event: bool):
 
     A segment of several chunks is run through once before, to know the state before each of them.
 
-    Operands: table, u, dt, dt_a, b, c, z, A, D, dt_bias, valid, reset, starts, dy, dh, zeros. Results,
-    cotangents: u, dt, dt_a, b, c, z, A by row (E, N, P), D and dt_bias by row (E, P), h0; and, in place of the zeros,
-    (E, blocks) words, the steps that each item has done.
+    Operands: table, u, dt, dt_a, b, c, z, A, D, dt_bias, valid, reset, starts, dy, dh. Counters: the
+    steps that each item has done, (E, blocks). Results, cotangents: u, dt, dt_a, b, c, z, A by row (E, N, P), D and
+    dt_bias by row (E, P), h0.
     """
     gain_varies = kind in (ZOH, BILINEAR)
 
     def backward(item, buffers):
         wide()
-        at = words(buffers, 27)
+        at = words(buffers, 26)
         table = ints(at[0], _SIZES)
         T, E, P, N, K, S, group = table[_T], table[_E], table[_P], table[_N], table[_K], table[_S], table[_G]
         e, block, blocks = item % E, item // E, (P + WIDTH - 1) // WIDTH
-        first, done, row = block * WIDTH, at[26] + 8 * (e * blocks + block), 4 * N * WIDTH
+        first, done, row = block * WIDTH, at[15] + 4 * LINE * (e * blocks + block), 4 * N * WIDTH
         width, ahead = min(WIDTH, P - first), 4 * (-_AHEAD if table[_REVERSE] else _AHEAD) * E * P
         row_of_A = e if table[_A_ROWS] > 1 else 0
         valid, reset = flags(at[10], T * table[_VALID_ROWS]), flags(at[11], T * table[_RESET_ROWS])
@@ -288,7 +288,7 @@ def _backward(kind: int, event: bool):
                 end = min(begin + _GROUP, count)
                 finished += end - begin
                 if block > 0:
-                    wait_for(done - 8, finished)
+                    wait_for(done - 4 * LINE, finished)
                 for i in range(begin, end):
                     j = count - 1 - i
                     t = chunk * K + (i if table[_REVERSE] else j)

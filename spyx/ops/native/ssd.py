@@ -22,9 +22,9 @@ _ROW = 4 * WIDTH
 _GROUP = 8
 """Steps after which an item tells the next one how far it has come."""
 
-# The table, after the kernel's number and the number of items.
-_T, _E, _G, _R, _P, _N, _K, _REVERSE, _RESET = range(2, 11)
-_SIZES = 11
+# The table, after what `invoke` writes itself.
+_T, _E, _G, _R, _P, _N, _K, _REVERSE, _RESET = range(3, 12)
+_SIZES = 12
 
 
 @njit
@@ -124,15 +124,15 @@ def _by_head(table, ddt, dA, A, by_drive, by_fade, steps, first, width):
 def backward(item, buffers):
     """The adjoint of `forward`, chunk by chunk of K steps against the direction of the scan, states recomputed.
 
-    Operands: table, x, dt, A, b, c, reset, h0, dy, dh, zeros (E, blocks, LINE). Results, cotangents: x, dt, A of each
-    item (E, blocks, R), b, c, h0; and in the place of the zeros the steps that each item has done.
+    Operands: table, x, dt, A, b, c, reset, h0, dy, dh. Counters: the steps that each item has done, (E, blocks).
+    Results, cotangents: x, dt, A of each item (E, blocks, R), b, c, h0.
     """
-    at = words(buffers, 18)
+    at = words(buffers, 17)
     table = ints(at[0], _SIZES)
     T, E, G, R, N, K = table[_T], table[_E], table[_G], table[_R], table[_N], table[_K]
     D, blocks, chunks = R * table[_P], _blocks(table), (T + K - 1) // K
     e, block = item % E, item // E
-    first, done = block * WIDTH, at[17] + 4 * LINE * (e * blocks + block)
+    first, done = block * WIDTH, at[10] + 4 * LINE * (e * blocks + block)
     width = min(WIDTH, D - first)
     A, dA = at[3] + 4 * (e % G) * R, at[13] + 4 * (e * blocks + block) * R
 

@@ -146,9 +146,9 @@ def test_rows_of_products_are_scaled_and_added(rows, inner, columns, count, risi
     panels = []
     for g in range(0, count, 2):
         if rising:
-            w[g, :g], w[g + 1 : g + 2, : g + 1] = 0, 0
+            w[g, :g], w[g + 1 : g + 2, : g + 1], w[g : g + 2, : first_of(g // 2, rising)] = 0, 0, 0
         for column in range(0, columns, HALF):
-            panel = np.zeros((inner - first_of(g // 2, rising), LANES), np.float32)
+            panel = np.zeros((max(inner - first_of(g // 2, rising), 0), LANES), np.float32)
             for k in range(g, min(g + 2, count)):
                 part = w[k, first_of(g // 2, rising) :, column : column + HALF]
                 panel[:, (k - g) * HALF : (k - g) * HALF + part.shape[1]] = part
