@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Complex, Float
 
+from .dtypes import float32_of
+
 STEPS = 96
 """Steps of an item, which stay next to a core: a multiple of the rows that `native.products` takes at a time."""
 _FEWEST_SUMS, _MOST_SUMS, _SUMS_BYTES = 4, 16, 1 << 20
@@ -48,7 +50,7 @@ def forward(
     matrices = packed(Turned(_rows(_whole(W, h0))), _rows(V), *_matrix(D, Turned))
     operands = u, _of_kind(A, h0), *matrices, *_vector(D), h0, *_masks(valid, reset)
     shapes = (*u.shape[:2], V.shape[-1]), h0.shape, (items // len(h0), *h0.shape)
-    return invoke(diagonal.forward, items, (*sizes, 0), operands, tuple(map(_like, shapes)), counters=len(h0))
+    return invoke(diagonal.forward, items, (*sizes, 0), operands, tuple(map(float32_of, shapes)), counters=len(h0))
 
 
 def adjoint(u, A, W, V, D, h0, reset, valid, before, dy, dh, *, reverse: bool = False, batch_first: bool = False):
@@ -69,7 +71,7 @@ def adjoint(u, A, W, V, D, h0, reset, valid, before, dy, dh, *, reverse: bool = 
     sums = min(items, few, _MOST_SUMS)
     matrices = packed(Turned(W), W, Turned(V), *_matrix(D))
     operands = u, _of_kind(A, h0), *matrices, *_vector(D), before, *_masks(valid, reset), dy, dh
-    results = [_like(shape) for shape in (u.shape, h0.shape, *((sums, *shape) for shape in totals))]
+    results = [float32_of(shape) for shape in (u.shape, h0.shape, *((sums, *shape) for shape in totals))]
     du, dh0, *found = invoke(diagonal.adjoint, items, (*sizes, sums), operands, results, counters=rows + sums)
     dA, dW, dV, dD = (jnp.sum(part, 0) for part in found)
     dW, dV = (matrix.reshape(-1, N, matrix.shape[-1]) for matrix in (dW, dV))
@@ -114,7 +116,3 @@ def _sizes(u, A, V, D, h0, reset, valid, reverse, batch_first) -> tuple[int, ...
     axes = 0 if D is None else D.ndim
     kinds = P == 2, A.ndim > 1, axes, reverse
     return T, B, H, V.shape[-1], N, V.shape[0] * N, *kinds, *mask_rows, STEPS, *((T, 1) if batch_first else (1, B))
-
-
-def _like(shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, jnp.float32)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from ._projections import Affine, biases_of
+from .dtypes import float32_of
 
 _STEPS = 96
 """Steps of an item, which stay next to a core: a multiple of the rows that `native.products` takes at a time."""
@@ -52,7 +52,7 @@ def forward(
         taps, *biases_of([(taps, conv_bias)]), *affine, A.T, D, jnp.full((1,), norm_eps or 0, jnp.float32),
         jnp.swapaxes(conv_state, 1, 2), jnp.swapaxes(h, 1, 2),
     )  # fmt: skip
-    results = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((B, T, H), (B, K, P), (B, N, P))]
+    results = [*map(float32_of, ((B, T, H), (B, K, P), (B, N, P)))]
     rank = others[1][0].shape[0]
     sizes = T, B, H, P, N, K, rank, _STEPS, norm_eps is not None
     counters = B * (1 + -(-P // WIDTH))

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from ._projections import Affine, biases_of
+from .dtypes import float32_of
 
 
 def forward(
@@ -45,7 +45,7 @@ def forward(
         taps, *biases_of([(taps, conv_bias)]), a_log, jnp.full((1,), c, jnp.float32),
         jnp.swapaxes(conv_state, 1, 2), h,
     )  # fmt: skip
-    results = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((B, T, H), (B, K, D), (B, D))]
+    results = [*map(float32_of, ((B, T, H), (B, K, D), (B, D)))]
     items = B * -(-T // STEPS)
     y, conv_state, h = invoke(rglru.forward, items, (T, B, H, D, K, STEPS), operands, results, counters=B)
     return jnp.swapaxes(y, 0, 1), jnp.swapaxes(conv_state, 1, 2), h

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+
+from .dtypes import float32_of
 
 
 def fits(*values: Array) -> bool:
@@ -36,15 +37,12 @@ def forward(
     from .native.custom_call import invoke
     from .native.products import STEPS
 
-    def like(*shape):
-        return jax.ShapeDtypeStruct(shape, jnp.float32)
-
     (T, B, H), N = x.shape, base.shape[0]
     operands = (
         jnp.swapaxes(x, 0, 1), jnp.full((B,), T, jnp.int32) if lengths is None else lengths.astype(jnp.int32), base,
         W_in, W_gate, W, jnp.zeros((B, N), x.dtype) if h0 is None else h0,
     )  # fmt: skip
-    results = [like(B, T, H), like(B, N), *(like(n) for n in s7.sizes(H, N))]
+    results = [*map(float32_of, ((B, T, H), (B, N), *((n,) for n in s7.sizes(H, N))))]
     items = s7.items(T, B, H, N, STEPS)
     y, h, *_ = invoke(s7.forward, items, (T, B, H, N, STEPS), operands, results, counters=3 + B)
     return jnp.swapaxes(y, 0, 1), h

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from ._selective_step import Masks, Options, Steps, Weights, saved_states
+from .dtypes import float32_of
 
 
 def fits(o: Options, steps: Steps, weights: Weights, h0) -> bool:
@@ -22,7 +23,7 @@ def forward_blocked(o: Options, steps: Steps, weights: Weights, masks: Masks, h0
     E, _, P = h0.shape
     T = steps.u.shape[0]
     operands, sizes = _operands(o, steps, weights, masks, h0.shape)
-    results = [_like(steps.u.shape), _like(h0.shape), _like((saved_states(o, T), *h0.shape))]
+    results = [float32_of(steps.u.shape), float32_of(h0.shape), float32_of((saved_states(o, T), *h0.shape))]
     items = E * -(-P // selective.WIDTH)
     y, h, starts = invoke(selective.forward[_which(o, steps)], items, sizes, (*operands, h0), results)
     return y.astype(steps.u.dtype), h, starts
@@ -38,7 +39,7 @@ def backward_blocked(o: Options, steps: Steps, weights: Weights, masks: Masks, s
     operands, sizes = _operands(o, steps, weights, masks, dh.shape)
     wide = [(1,) if v is None else v.shape for v in steps]
     per_row = [dh.shape, (E, P), (E, P), dh.shape]
-    operands, results = (*operands, starts, dy.astype(jnp.float32), dh), [*map(_like, (*wide, *per_row))]
+    operands, results = (*operands, starts, dy.astype(jnp.float32), dh), [*map(float32_of, (*wide, *per_row))]
     *cotangents, dA, dD, dbias, dh0 = invoke(
         selective.backward[_which(o, steps)], E * blocks, sizes, operands, results, counters=E * blocks
     )
@@ -55,10 +56,6 @@ def backward_blocked(o: Options, steps: Steps, weights: Weights, masks: Masks, s
 
 def _which(o: Options, steps: Steps) -> tuple[str, bool]:
     return o.discretization, steps.dt_a is not None
-
-
-def _like(shape):
-    return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
 def _operands(o: Options, steps: Steps, weights: Weights, masks: Masks, shape):

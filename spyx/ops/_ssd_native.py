@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
 from ._ssd_runs import Options, Values
+from .dtypes import float32_of
 
 
 def fits(values: Values) -> bool:
@@ -24,7 +24,7 @@ def forward(o: Options, values: Values, reset: Array | None) -> tuple[Array, Arr
     from .native.custom_call import invoke
 
     operands, sizes, items = _operands(o, values, reset)
-    y, h = invoke(ssd.forward, items, sizes, operands, [_like(operands[0].shape), _like(operands[6].shape)])
+    y, h = invoke(ssd.forward, items, sizes, operands, [float32_of(operands[0].shape), float32_of(operands[6].shape)])
     return y.reshape(values.x.shape).astype(o.dtype), _from_rows(h, values)
 
 
@@ -39,7 +39,7 @@ def backward(o: Options, values: Values, reset: Array | None, cotangents: tuple[
     E = h0.shape[0]
     operands = (*operands, dy.reshape(x.shape), _by_rows(dh, values))
     shapes = x.shape, dt.shape, (E, items // E, dt.shape[2]), b.shape, c.shape, h0.shape
-    dx, ddt, dA, db, dc, dh0 = invoke(ssd.backward, items, sizes, operands, [*map(_like, shapes)], counters=items)
+    dx, ddt, dA, db, dc, dh0 = invoke(ssd.backward, items, sizes, operands, [*map(float32_of, shapes)], counters=items)
     dA = dA.sum(1).reshape(-1, values.A.size).sum(0)
     found = Values(dx, ddt, dA, db, dc, _from_rows(dh0, values))
     return Values(*(d.reshape(v.shape).astype(v.dtype) for d, v in zip(found, values, strict=True)))
@@ -69,7 +69,3 @@ def _by_rows(h: Array, values: Values) -> Array:
 
 def _from_rows(h: Array, values: Values) -> Array:
     return jnp.moveaxis(h, 1, 2).reshape(values.h0.shape)
-
-
-def _like(shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, jnp.float32)

@@ -30,3 +30,8 @@ def to_complex(re: ArrayLike, im: ArrayLike) -> Complex[Array, "..."]:
     re, im = jnp.asarray(re), jnp.asarray(im)
     dtype = state_dtype(re, im)
     return jax.lax.complex(re.astype(dtype), im.astype(dtype))
+
+
+def float32_of(shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+    """What a float32 array of a shape is like, for `jax.eval_shape` and for kernels that make one."""
+    return jax.ShapeDtypeStruct(shape, jnp.float32)

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from ._recomputed import recomputed
 from .convolution import fft_conv, plain_fft_conv
 from .dispatch import platform_primitive
-from .dtypes import state_dtype
+from .dtypes import float32_of, state_dtype
 from .ssm_kernels import Number, Precision, vandermonde_kernel
 
 _MOST_STATES = 128
@@ -86,10 +86,6 @@ def _sizes(u, w) -> tuple[int, ...]:
     return T, B, H, w.shape[2], w.shape[0], min(T, max(64, isqrt(T)))
 
 
-def _like(*shape: int) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, jnp.float32)
-
-
 def _native_forward(u, C, dtA, *, how):
     if not _fits(u, C, dtA):
         return _forward(u, C, dtA, how=how)
@@ -99,7 +95,7 @@ def _native_forward(u, C, dtA, *, how):
     G, w = _parts(C, dtA, how[0])
     T, B, H, _, c, _ = sizes = _sizes(u, w)
     items = B * c * -(-H // convolution.WIDTH)
-    return invoke(convolution.forward, items, sizes, (u.astype(jnp.float32), G, w), _like(T, B, c, H))
+    return invoke(convolution.forward, items, sizes, (u.astype(jnp.float32), G, w), float32_of((T, B, c, H)))
 
 
 def _native_adjoint(u, C, dtA, dy, *, how):
@@ -110,7 +106,7 @@ def _native_adjoint(u, C, dtA, dy, *, how):
 
     (G, w), pull = jax.vjp(lambda C, dtA: _parts(C, dtA, how[0]), C, dtA)
     T, B, H, n, c, _ = sizes = _sizes(u, w)
-    results = [_like(T, B, H), _like(B, 2, n, H), _like(B, c, 2, n, H)]
+    results = [*map(float32_of, ((T, B, H), (B, 2, n, H), (B, c, 2, n, H)))]
     operands = (u.astype(jnp.float32), G, w, dy.astype(jnp.float32))
     du, dG, dw = invoke(convolution.backward, B * -(-H // convolution.WIDTH), sizes, operands, results)
     return du.astype(u.dtype), *pull((dG.sum(0), dw.sum(0)))

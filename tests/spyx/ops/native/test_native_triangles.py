@@ -58,7 +58,7 @@ def test_pairs_of_a_triangle_are_weighted_and_added(rows, H, N):
 
 
 @pytest.mark.skipif(not TILES, reason="this processor has no matrix units")
-def test_a_triangle_is_as_accurate_as_fused_multiply_adds():
+def test_the_error_of_a_triangle_is_that_of_float32():
     rng = np.random.default_rng(0)
     u, w = rng.standard_normal((64, DEPTH), np.float32), rng.standard_normal((DEPTH, DEPTH, 16), np.float32)
     to, matrix = np.zeros((64, 16), np.float32), np.zeros(size(DEPTH, 16), np.float32)
