@@ -2,7 +2,7 @@
 
 The threads that take part draw items from a counter until none is left, the calling thread among them. It waits for
 items that others have begun, never for a thread to become free, so calls from many threads at once, or from inside
-the pool, cannot block one another.
+the pool, cannot block one another. Threads of an earlier call may still be `waiting`: they come first.
 
 Source: the C interface of XLA custom calls, `xla/ffi/api/c_api.h`, version 0.1 and later, which jaxlib ships.
 """
@@ -27,6 +27,7 @@ from numba import config as _config
 from ..._collector import paused
 from .memory import LINE, add, address_of, call, call_with_two, clear, ints, piece, symbol, wait_for, words
 from .tiles import TILES
+from .waiting import hand_over, next_call
 
 _TARGET = "spyx_native"
 _SLOTS = 1 << 12
@@ -35,7 +36,7 @@ _LITTLE = 1 << 14
 _EXECUTE, _METADATA, _VERSION = 3, 1, 1 << 32
 _POOL_SCHEDULE, _POOL_SIZE = 17, 18
 """Positions, in words, of XLA_FFI_ThreadPool_Schedule and XLA_FFI_ThreadPool_NumThreads in XLA_FFI_Api."""
-_NEXT, _DONE, _HOLDERS, _ITEMS, _KERNEL, _THREADS, _REQUEST, _BUFFERS = 0, 1, 2, 3, 4, 5, 6, 11
+_NEXT, _DONE, _HOLDERS, _ITEMS, _KERNEL, _IN_VAIN, _THREADS, _REQUEST, _BUFFERS = 0, 1, 2, 3, 4, 5, 6, 7, 12
 """Where things lie, in words, in the memory that the threads of one call share."""
 
 _TASK, _HANDLER = -1, -2
@@ -44,11 +45,12 @@ _lock = threading.Lock()
 _functions: dict[int, Callable[[int, int], None]] = {}
 _compiled: dict[int, Any] = {}
 _kernels = np.zeros(_SLOTS, np.int64)
-
+_in_vain = np.zeros(_SLOTS, np.int64)
 
 _malloc_address = symbol("spyx_malloc", address_of(ctypes.pythonapi.PyMem_RawMalloc))
 _free_address = symbol("spyx_free", address_of(ctypes.pythonapi.PyMem_RawFree))
 _kernels_address = symbol("spyx_kernels", _kernels.ctypes.data)
+_in_vain_address = symbol("spyx_in_vain", _in_vain.ctypes.data)
 
 
 def _cache_directory() -> str:
@@ -134,8 +136,11 @@ def _work(shared):
 
 
 def _task(shared):
-    _work(shared)
-    _release(shared)
+    while shared != 0:
+        _work(shared)
+        in_vain = words(shared, _BUFFERS)[_IN_VAIN]
+        _release(shared)
+        shared = next_call(in_vain)
     return 0
 
 
@@ -178,8 +183,9 @@ def _handler(frame_address):
         others += 8
     _collect(results, frame[14], others)
     alone = number < 0 or items < 2
+    number = ~number if number < 0 else number
     state[_NEXT], state[_DONE], state[_ITEMS] = 0, 0, items
-    state[_KERNEL] = words(_kernels_address(), _SLOTS)[~number if number < 0 else number]
+    state[_KERNEL], state[_IN_VAIN] = words(_kernels_address(), _SLOTS)[number], _in_vain_address() + 8 * number
 
     request = shared + 8 * _REQUEST
     state[_THREADS] = 1
@@ -190,7 +196,7 @@ def _handler(frame_address):
         helpers = max(min(state[_THREADS], items) - 1, 0)
     state[_HOLDERS] = helpers + 1
     state[_REQUEST], state[_REQUEST + 3], state[_REQUEST + 4] = 40, words(_task_address(), 1)[0], shared
-    for _ in range(helpers):
+    for _ in range(hand_over(shared, helpers)):
         if call(api[_POOL_SCHEDULE], request) != 0:
             add(shared + 8 * _HOLDERS, -1)
     _work(shared)

@@ -66,6 +66,17 @@ def add(_, address, amount):
 
 
 @intrinsic
+def replace(_, address, expected, value):
+    """The word at an address before, atomically, it became `value` if it was `expected`."""
+
+    def build(context, builder, signature, values):
+        pointer = builder.inttoptr(values[0], _WORD.as_pointer())
+        return builder.extract_value(builder.cmpxchg(pointer, *values[1:], "seq_cst"), 0)
+
+    return types.intp(types.intp, types.intp, types.intp), build
+
+
+@intrinsic
 def _prefetch(_, address, write):
     def build(context, builder, signature, values):
         word = ir.IntType(32)
@@ -136,10 +147,16 @@ def piece(address, count):
 
 
 @njit
+def pause():
+    """Let another thread run."""
+    call(_yield_address(), 0)
+
+
+@njit
 def wait_for(address, count):
     """Return when the word at an address is at least `count`; other threads may run meanwhile."""
     while add(address, 0) < count:
-        call(_yield_address(), 0)
+        pause()
 
 
 def _array_of(dtype: Any, doc: str) -> Any:
