@@ -319,12 +319,25 @@ def _pairs(builder, to, u, stride, begin, end, places):
             _put(builder, _ROW_BITS, builder.add(here, _WORD(TILE * p)), both, None)
 
 
-def _pairs_product(builder, to, side, u, stride, last, w, depth):
-    """The product of 64 rows of pairs, `triangles`, and 16 columns of a panel; `side` is room for two of their blocks.
+def _doubled(builder, to, to_stride, u, stride, rows, count):
+    """`SIDE` numbers of each of 64 rows, twice: 0 behind the first `count` numbers and the last row."""
+    with cgutils.for_range(builder, _WORD(4 * SIDE)) as loop:
+        some = builder.select(builder.icmp_signed("<", loop.index, rows), count, _WORD(0))
+        value = _get(builder, _ROW, _at(builder, u, stride, loop.index), some)
+        for k in range(2):
+            here = _at(builder, builder.add(to, _WORD(4 * SIDE * k)), to_stride, loop.index)
+            _put(builder, _ROW, here, value, None)
 
-    A block is made while the one before is multiplied.
+
+def _add_pairs(builder, to, to_stride, side, u, stride, last, w, depth):
+    """Add the product of 64 rows of pairs, `triangles`, and 16 columns of a panel to what lies at `to`.
+
+    A block of pairs is made while the one before is multiplied; `side` is room for two. Four products are under way at
+    a time: one on top of the last would wait for it.
     """
     rows, whole, columns = 4 * SIDE, 4 * TILE * PARTS, 2
+    places = [_at(builder, to, to_stride, _WORD(SIDE * number)) for number in range(4)]
+    apart = builder.mul(_WORD(4), to_stride)
 
     def groups(block):
         found = []
@@ -334,8 +347,8 @@ def _pairs_product(builder, to, side, u, stride, last, w, depth):
             found.append((h, builder.add(h, builder.mul(builder.urem(group, _WORD(GROUPS)), _WORD(4)))))
         return found
 
-    for number in range(4):
-        _call(builder, "tilezero", _BYTE(number))
+    for number, place in enumerate(places):
+        _tile_at(builder, "tileloadd64", number, place, apart)
     _pairs(builder, side, u, stride, 0, rows, groups(_WORD(0)))
     with cgutils.for_range(builder, depth) as loop:
         odd = builder.and_(loop.index, _WORD(1))
@@ -343,23 +356,19 @@ def _pairs_product(builder, to, side, u, stride, last, w, depth):
         there = builder.add(side, builder.mul(builder.xor(odd, _WORD(1)), _WORD(whole)))
         of_w = builder.add(w, builder.mul(loop.index, _WORD(columns * TILE * PARTS)))
         following = groups(builder.add(loop.index, _WORD(1)))
-        for half in range(2):
-            before = None
-            for m, (p, q) in enumerate(((0, 2), (0, 1), (0, 0), (1, 1), (1, 0), (2, 0))):
-                for i in range(2 if p != before else 0):
-                    place = builder.add(here, _WORD(TILE * (PARTS * (2 * half + i) + p)))
-                    _tile_at(builder, "tileloadd64", _LEFT + i, place, _WORD(64))
-                # the second part stays in a tile of its own, the first takes that of the third
-                number = _RIGHT + q % 2
-                if p == 0:
-                    _tile_at(builder, "tileloadd64", number, builder.add(of_w, _WORD(columns * TILE * q)), _WORD(64))
-                for i in range(2):
-                    _call(builder, "tdpbf16ps", _BYTE(2 * half + i), _BYTE(_LEFT + i), _BYTE(number))
-                begin = 2 * SIDE * half
-                _pairs(builder, there, u, stride, begin + 32 * m // 6, begin + 32 * (m + 1) // 6, following)
-                before = p
-    for number in range(4):
-        _tile_at(builder, "tilestored64", number, builder.add(to, _WORD(TILE * number)), _WORD(64))
+        for m, (p, q) in enumerate(((0, 2), (0, 1), (0, 0), (1, 1), (1, 0), (2, 0))):
+            # the second part stays in a tile of its own, the first takes that of the third
+            number = _RIGHT + q % 2
+            if p == 0:
+                _tile_at(builder, "tileloadd64", number, builder.add(of_w, _WORD(columns * TILE * q)), _WORD(64))
+            for i in range(4):
+                place = builder.add(here, _WORD(TILE * (PARTS * i + p)))
+                _tile_at(builder, "tileloadd64", _LEFT + i % 2, place, _WORD(64))
+                _call(builder, "tdpbf16ps", _BYTE(i), _BYTE(_LEFT + i % 2), _BYTE(number))
+                k = 4 * m + i
+                _pairs(builder, there, u, stride, rows * k // 24, rows * (k + 1) // 24, following)
+    for number, place in enumerate(places):
+        _tile_at(builder, "tilestored64", number, place, apart)
 
 
 def _splitting(across: bool, turned: bool):
@@ -373,4 +382,4 @@ split_turned, split_across_turned = _splitting(False, True), _splitting(True, Tr
 turn = llvm_function("spyx_turn", 6, _turn)
 pair_product, pair_finish = llvm_function("spyx_pair", 6, _pair), llvm_function("spyx_finish", 8, _finish)
 pair_and_finish = llvm_function("spyx_pair_and_finish", 11, _pair_and_finish)
-pairs_product = llvm_function("spyx_pairs_product", 7, _pairs_product)
+doubled, add_pairs = llvm_function("spyx_doubled", 6, _doubled), llvm_function("spyx_add_pairs", 8, _add_pairs)

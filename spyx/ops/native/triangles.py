@@ -14,7 +14,7 @@ from numba.extending import register_jitable
 
 from .memory import LINE, clear, copy, floats, piece
 from .products import LANES, depth, pack_panel
-from .tiles import DEPTH, GROUPS, SIDE, TILE, TILES, pairs_product
+from .tiles import DEPTH, GROUPS, SIDE, TILE, TILES, add_pairs, doubled
 
 _ROWS = 4 * SIDE
 
@@ -76,17 +76,18 @@ def add_triangles(to, u, rows, w, H, N, memory):
     us, free = piece(memory, _ROWS * length)
     made, free = piece(free, _ROWS * SIDE)
     pairs = piece(free, 0)[0]
-    clear(us, _ROWS * length)
-    for j in range(rows):
-        for part in range(triangles(H)):
-            first, there = part * DEPTH + SIDE, us + 4 * (j * length + 2 * SIDE * part)
-            copy(there, u + 4 * (j * H + first), min(SIDE, H - first))
-            copy(there + 4 * SIDE, there, SIDE)
+    for part in range(triangles(H)):
+        first = part * DEPTH + SIDE
+        doubled(us + 4 * 2 * SIDE * part, length, u + 4 * first, H, rows, H - first)
     for column in range(0, N, SIDE):
         panel = w + 4 * (column // LANES * LANES * depth(parts(H) * DEPTH)) + column % LANES // SIDE * TILE
-        pairs_product(made, pairs, us, length, last, panel, parts(H))
         width = min(SIDE, N - column)
-        for j in range(rows):
-            sums, found = floats(to + 4 * (j * N + column), width), floats(made + 4 * j * SIDE, width)
-            for n in range(width):
-                sums[n] += found[n]
+        if rows == _ROWS and width == SIDE:
+            add_pairs(to + 4 * column, N, pairs, us, length, last, panel, parts(H))
+        else:
+            clear(made, _ROWS * SIDE)
+            add_pairs(made, SIDE, pairs, us, length, last, panel, parts(H))
+            for j in range(rows):
+                sums, found = floats(to + 4 * (j * N + column), width), floats(made + 4 * j * SIDE, width)
+                for n in range(width):
+                    sums[n] += found[n]
