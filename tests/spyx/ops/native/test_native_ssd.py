@@ -64,7 +64,11 @@ def check(c, **fixed):
     with jax.enable_x64(True):
         wanted = evaluation("sequential", **fixed)(exact, tuple(w.astype(np.float64) for w in weights(c)))[0]
     for name, v in g.items():
-        assert relative(v, wanted[name]) < max(1e-5, 2 * relative(of_plain[name], wanted[name])), name
+        limit = max(1e-5, 2 * relative(of_plain[name], wanted[name]))
+        if name == "dt_bias":  # a sum of the gradients of dt, which may cancel
+            terms = np.abs(wanted["dt"]).sum((0, 1)).max()
+            limit = max(limit, 1e-7 * terms / max(np.abs(wanted[name]).max(), 1e-30))
+        assert relative(v, wanted[name]) < limit, name
 
 
 @pytest.mark.parametrize(
@@ -95,6 +99,10 @@ def test_any_combination(T, groups, optional, reverse, resets, lengths, dt_limit
     if lengths:
         fixed["lengths"] = np.array([T // 2, T])
     check(case(T, 2, 4, 3, 2, groups, optional=sorted(optional)), **fixed)
+
+
+def test_a_gradient_whose_terms_cancel():
+    check(case(99, 1, 1, 56, 8), reverse=True)
 
 
 @pytest.mark.full
