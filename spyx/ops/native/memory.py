@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import inspect
 import os
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -137,6 +138,11 @@ def address_of(function: Any) -> int:
 
 _yield = getattr(ctypes.CDLL(None), "sched_yield", None) if os.name == "posix" else None
 _yield_address = symbol("spyx_yield", address_of(_yield or ctypes.pythonapi.PyThread_get_thread_ident))
+_gettime = getattr(ctypes.CDLL(None), "clock_gettime", None) if os.name == "posix" else None
+_gettime_address = symbol("spyx_gettime", address_of(_gettime or ctypes.pythonapi.PyThread_get_thread_ident))
+_MONOTONIC = getattr(time, "CLOCK_MONOTONIC", 0)
+CLOCK = _gettime is not None
+"""Whether there is one, `nanoseconds`."""
 
 
 @register_jitable
@@ -150,6 +156,14 @@ def piece(address, count):
 def pause():
     """Let another thread run."""
     call(_yield_address(), 0)
+
+
+@njit
+def nanoseconds(memory):
+    """Of a clock that never goes back; `memory` is the address of two words for it."""
+    call_with_two(_gettime_address(), _MONOTONIC, memory)
+    parts = words(memory, 2)
+    return 1_000_000_000 * parts[0] + parts[1]
 
 
 @njit

@@ -11,10 +11,10 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from .memory import add, pause, replace, symbol, words
+from .memory import CLOCK, add, nanoseconds, pause, replace, symbol, words
 
-_PLACES, _PAUSES = 64, 400
-"""Where threads wait, and how often one lets others run before it gives up: for about 100 us."""
+_PLACES, _LONGEST = 64, 100_000
+"""Where threads wait, and for how many nanoseconds: one that others keep from running gives up at its next turn."""
 FEW, SELDOM = 8, 64
 """After so many times in vain a thread waits only once in so many times."""
 _FREE, _WAITING = 0, 1
@@ -31,17 +31,18 @@ def next_call(in_vain):
     The word at `in_vain` counts how often none has come since one has.
     """
     times = add(in_vain, 1)
-    if times >= FEW and times % SELDOM != 0:
+    if not CLOCK or (times >= FEW and times % SELDOM != 0):
         return 0
     place, end = _places_address(), _places_address() + 8 * _PLACES
     while replace(place, _FREE, _WAITING) != _FREE:
         place += 8
         if place == end:
             return 0
-    for _ in range(_PAUSES):
-        if add(place, 0) != _WAITING:
-            break
+    clock = np.empty(2, np.int64)
+    latest = nanoseconds(clock.ctypes.data) + _LONGEST
+    while add(place, 0) == _WAITING and nanoseconds(clock.ctypes.data) < latest:
         pause()
+    clock[0] = 0  # numba frees an array after its last use
     shared = replace(place, _WAITING, _FREE)
     if shared == _WAITING:
         return 0
