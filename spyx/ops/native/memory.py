@@ -136,12 +136,16 @@ def address_of(function: Any) -> int:
     return ctypes.cast(function, ctypes.c_void_p).value or 0
 
 
-_yield = getattr(ctypes.CDLL(None), "sched_yield", None) if os.name == "posix" else None
-_yield_address = symbol("spyx_yield", address_of(_yield or ctypes.pythonapi.PyThread_get_thread_ident))
-_gettime = getattr(ctypes.CDLL(None), "clock_gettime", None) if os.name == "posix" else None
-_gettime_address = symbol("spyx_gettime", address_of(_gettime or ctypes.pythonapi.PyThread_get_thread_ident))
-_MONOTONIC = getattr(time, "CLOCK_MONOTONIC", 0)
-CLOCK = _gettime is not None
+def _of_posix(name: str) -> Any:
+    """A C function of the system, or one that does nothing where there is none."""
+    found = getattr(ctypes.CDLL(None), name, None) if os.name == "posix" else None
+    return found or ctypes.pythonapi.PyThread_get_thread_ident
+
+
+_yield_address = symbol("spyx_yield", address_of(_of_posix("sched_yield")))
+_gettime_address = symbol("spyx_gettime", address_of(_of_posix("clock_gettime")))
+_MONOTONIC = getattr(time, "CLOCK_MONOTONIC", -1)
+CLOCK = os.name == "posix" and _MONOTONIC >= 0
 """Whether there is one, `nanoseconds`."""
 
 
